@@ -1,0 +1,234 @@
+"""The routed expert MLP behind one function: out[t] = sum over k of weight[t, k] * expert_{index[t, k]}(x[t]).
+
+    backend      where                         what
+    eager        anywhere, no EP               the readable loop that the others are tested against
+    grouped_mm   anywhere                      torch's grouped matrix product; Triton for the element-wise steps on GPUs
+    quack        Hopper and newer, bf16        gather and SwiGLU inside the GEMMs (package quack-kernels)
+
+The fast backends share everything but the GEMMs: routes are sorted by expert (`moe_routing.py`), under expert
+parallelism the rows then travel (`distributed/expert_parallel.py`), the backend's two functions run the MLP and its
+adjoint on rows sorted by expert, and a token's rows are summed in fp32 in the order of its routes. With and without
+expert parallelism the arithmetic is the same, step by step: routing weights are fp32 and act once, in that last sum.
+Only x and the pre-activation are kept for backward: (R, H) or (T, H), and (R, 2I).
+
+Letters: T tokens, K routes per token, R = T * K rows, E experts, e experts on this rank, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from modeling.distributed.expert_parallel import ExpertExchange, local_experts, plan_exchange, planned
+from modeling.ops import moe_grouped
+from modeling.ops.moe_pointwise import gather_sum
+from modeling.ops.moe_routing import Routing, route_by_expert
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("eager", "grouped_mm", "quack")
+
+
+def fused_moe_forward(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    ep_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts.
+
+    Args:
+        hidden_states: (T, H).
+        top_k_index: (T, K) integer, global expert numbers in [0, E); an expert may occur twice in a row.
+        top_k_weights: (T, K), used in fp32; differentiable.
+        gate_up_proj: (e, 2I, H), gate rows first; this rank's experts, all E without `ep_group`.
+        down_proj: (e, H, I).
+        ep_group: ranks that share the experts, rank r holding [r * e, (r + 1) * e). None: all are here. With a group
+            the call is a collective, in forward and in backward, whatever T is.
+        backend: one of `BACKENDS`; None takes `default_backend`.
+
+    Returns: (T, H) in hidden_states' dtype. Gradients of all four tensors; an expert without tokens gets zeros.
+    Raises: ValueError for shapes or dtypes that do not fit each other, an unknown backend, or eager with an EP group.
+    """
+    if ep_group is not None and dist.get_world_size(ep_group) == 1:
+        ep_group = None
+    gate_up_proj, down_proj = local_experts(gate_up_proj), local_experts(down_proj)
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        out_dtype, hidden_states = hidden_states.dtype, hidden_states.to(dtype)
+        gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
+    else:
+        out_dtype = hidden_states.dtype
+    _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    if backend is None:
+        backend = default_backend(hidden_states.device, hidden_states.dtype)
+    if backend == "eager":
+        if ep_group is not None:
+            raise ValueError(
+                f"the eager backend cannot reach experts on other ranks (EP group of {dist.get_world_size(ep_group)}); "
+                "use moe_implementation='fused'"
+            )
+        out = eager_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
+    else:
+        experts = _backend_module(backend)
+        ep_size = 1 if ep_group is None else dist.get_world_size(ep_group)
+        # Outside autograd: the choice of experts has no gradient, and a recomputed forward takes it from its first run.
+        routing, exchange = planned(lambda: _plan(top_k_index, gate_up_proj.shape[0] * ep_size, ep_group))
+        out = _FusedExperts.apply(
+            hidden_states, top_k_weights.float(), gate_up_proj, down_proj, routing, exchange, experts
+        )
+    return out.to(out_dtype)
+
+
+def eager_experts(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+) -> torch.Tensor:
+    """The definition: expert by expert, its tokens through its MLP, weighted and added in fp32. Shapes as above."""
+    out = torch.zeros_like(hidden_states, dtype=torch.float32)  # (T, H)
+    for expert in range(gate_up_proj.shape[0]):
+        token, k = torch.where(top_k_index == expert)
+        gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)  # (n, I) each
+        y = F.linear(F.silu(gate) * up, down_proj[expert])  # (n, H)
+        out = out.index_add(0, token, y.float() * top_k_weights[token, k, None].float())
+    return out.to(hidden_states.dtype)
+
+
+@functools.cache
+def default_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The fastest backend that runs on `device` in `dtype`. Decided and logged once per pair."""
+    backend, why = _choose_backend(device, dtype)
+    logger.info("expert backend on %s in %s: %s (%s)", device, dtype, backend, why)
+    return backend
+
+
+def _choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "grouped_mm", "quack needs a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "grouped_mm", "quack computes in 16 bits"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        return "grouped_mm", f"quack needs compute capability 9.0 (Hopper), this is {major}.{minor}"
+    if importlib.util.find_spec("quack") is None:
+        return "grouped_mm", "quack-kernels is not installed; pip install 'qwen3-vl-moe-veomni[hopper]'"
+    return "quack", "Hopper or newer with quack-kernels installed"
+
+
+def _backend_module(backend: str) -> ModuleType:
+    if backend == "grouped_mm":
+        return moe_grouped
+    if backend == "quack":
+        from modeling.ops import moe_quack
+
+        return moe_quack
+    raise ValueError(f"unknown expert backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+
+
+def _plan(
+    top_k_index: torch.Tensor, num_experts: int, ep_group: dist.ProcessGroup | None
+) -> tuple[Routing, ExpertExchange | None]:
+    with torch.no_grad():
+        routing = route_by_expert(top_k_index, num_experts)
+        return routing, None if ep_group is None else plan_exchange(routing.offsets, ep_group)
+
+
+class _FusedExperts(torch.autograd.Function):
+    """The expert layer with its adjoint written out.
+
+    forward:  rows = dispatch(x[token]);  pre, y = MLP(rows);  out = sum_k weight * collect(y)
+    backward: d_rows_out = dispatch(d_out[token]), weights likewise;  MLP's adjoint;  d_x = sum_k collect(d_rows);
+              d_weight = collect(d_row_weight).  Sums throughout; without an exchange dispatch and collect vanish.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        routing: Routing,
+        exchange: ExpertExchange | None,
+        experts: ModuleType,
+    ) -> torch.Tensor:
+        rows, source, offsets = hidden_states, routing.token, routing.offsets
+        if exchange is not None:
+            rows, source, offsets = exchange.dispatch(hidden_states[routing.token]), exchange.source, exchange.offsets
+        pre, y = experts.forward(rows, source, offsets, gate_up_proj, down_proj)
+        if exchange is not None:
+            y = exchange.collect(y)
+        ctx.save_for_backward(rows, pre, weights, gate_up_proj, down_proj)
+        ctx.routing, ctx.exchange, ctx.experts = routing, exchange, experts
+        return gather_sum(y, routing.position, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, pre, weights, gate_up_proj, down_proj = ctx.saved_tensors
+        routing, exchange = ctx.routing, ctx.exchange
+        need_x, need_weights, need_gate_up, need_down = ctx.needs_input_grad[:4]
+        source, offsets = routing.token, routing.offsets
+        row_weight = weights.flatten()[routing.route]  # (R,)
+        if exchange is not None:
+            d_out, row_weight = exchange.dispatch(d_out[routing.token]), exchange.dispatch(row_weight)[exchange.source]
+            source, offsets = exchange.source, exchange.offsets
+            # Which gradients are wanted may differ between ranks (one without images, say); the collectives may not.
+            need_x = need_weights = True
+        d_rows, d_row_weight, d_gate_up, d_down = ctx.experts.backward(
+            d_out, rows, source, offsets, pre, row_weight, gate_up_proj, down_proj,
+            need_rows=need_x, need_gate_up=need_gate_up, need_down=need_down,
+        )  # fmt: skip
+        if exchange is not None:
+            d_rows, d_row_weight = exchange.collect(d_rows), exchange.collect(d_row_weight)
+        d_x = gather_sum(d_rows, routing.position) if need_x else None
+        d_weights = d_row_weight[routing.position] if need_weights else None
+        return d_x, d_weights, d_gate_up, d_down, None, None, None
+
+
+def _check(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+) -> None:
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states must be (T, H), got {tuple(hidden_states.shape)}; flatten batch and sequence")
+    tokens, hidden = hidden_states.shape
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens or top_k_weights.shape != top_k_index.shape:
+        raise ValueError(
+            f"top_k_index and top_k_weights must both be (T={tokens}, K), got {tuple(top_k_index.shape)} and "
+            f"{tuple(top_k_weights.shape)}; pass the compact top-k choices, not a scattered (T, E) tensor"
+        )
+    experts, two_intermediate = gate_up_proj.shape[:2]
+    if gate_up_proj.shape != (experts, two_intermediate, hidden) or two_intermediate % 2:
+        raise ValueError(
+            f"gate_up_proj must be (E, 2I, H={hidden}), got {tuple(gate_up_proj.shape)}; a checkpoint in the Hub "
+            "layout (E, H, 2I) goes through conversion/hf_to_veomni.py first"
+        )
+    if down_proj.shape != (experts, hidden, two_intermediate // 2):
+        raise ValueError(
+            f"down_proj must be (E={experts}, H={hidden}, I={two_intermediate // 2}) to fit gate_up_proj "
+            f"{tuple(gate_up_proj.shape)}, got {tuple(down_proj.shape)}"
+        )
+    if not hidden_states.dtype == gate_up_proj.dtype == down_proj.dtype:
+        raise ValueError(
+            f"hidden_states are {hidden_states.dtype}, gate_up_proj {gate_up_proj.dtype}, down_proj {down_proj.dtype}; "
+            "cast them to one dtype or run under torch.autocast"
+        )

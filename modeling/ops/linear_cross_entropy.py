@@ -1,0 +1,250 @@
+"""Output head and loss in one step, so that the (T, V) logits never exist as a whole.
+
+`linear_cross_entropy` is the training loss: it walks over chunks of tokens, and while a chunk's logits are at hand it
+also takes their gradient, adds to the head weight's gradient (fp32) and writes the hidden states' gradient. Backward
+then only scales. `linear_log_probs` gives each token's log-probability and the entropy of its distribution, as policy
+gradient methods need them; its backward makes the logits again, chunk by chunk.
+
+Labels come aligned: labels[t] is what row t should predict, the caller has shifted them.
+
+Letters: T tokens, H hidden, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from modeling.ops.vocab_softmax import logits_gradient_, row_statistics
+
+IGNORE_INDEX = -100
+CHUNK_SIZE = 2048
+"""Rows whose logits exist at a time: 0.6 GB of bf16 at V = 151,936."""
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: float | torch.Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_size: int = CHUNK_SIZE,
+    num_valid: int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of softmax(hidden @ weight.T) against labels, summed and divided by `num_items`.
+
+    Args:
+        hidden: (T, H).
+        weight: (V, H), hidden's dtype.
+        labels: (T,) integer in [0, V), or `ignore_index`; already aligned with hidden.
+        num_items: the divisor, a number or a 0-d tensor (the global count of label tokens, say). None: the number of
+            labels here that are not ignored.
+        chunk_size: rows whose logits exist at a time.
+        num_valid: how many labels are not ignored, if the host knows: then ignored rows leave before the matrix
+            product, without a wait for the device. It must be the exact count. Labels on the CPU are counted here.
+
+    Returns: a 0-d fp32 tensor; 0 with zero gradients where no label is valid or num_items is 0.
+    Raises: ValueError for shapes or dtypes that do not fit, labels out of range (on the CPU), a wrong `num_valid`.
+    """
+    hidden, weight = _cast_for_autocast(hidden, weight)
+    _check(hidden, weight, labels, ignore_index, chunk_size)
+    valid = labels != ignore_index  # (T,)
+    num_valid = _check_num_valid(valid, num_valid)
+    if num_items is None:
+        num_items = valid.sum() if num_valid is None else num_valid
+    scale = _reciprocal(num_items, hidden.device)
+    if num_valid is not None and num_valid < labels.numel():
+        # A stable sort keeps the order of the rows; unlike nonzero it has a size that the host knows beforehand.
+        rows = torch.argsort((~valid).to(torch.uint8), stable=True)[:num_valid]
+        hidden, labels = hidden[rows], labels[rows]
+    loss = _LinearCrossEntropy.apply(hidden, weight, labels, scale, ignore_index, chunk_size)
+    return loss
+
+
+def linear_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each label and entropy of each row's distribution, without the full logits.
+
+    Args: hidden (T, H), weight (V, H), labels (T,) as in `linear_cross_entropy`.
+    Returns: log_probs (T,) fp32, 0 where the label is ignored, and entropy (T,) fp32 in nats, for every row. Both are
+    differentiable.
+    """
+    hidden, weight = _cast_for_autocast(hidden, weight)
+    _check(hidden, weight, labels, ignore_index, chunk_size)
+    return _LinearLogProbs.apply(hidden, weight, labels, ignore_index, chunk_size)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """forward: loss = -scale * sum_t log_prob[t], and the gradients for d_loss = 1; backward: scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        scale: torch.Tensor,
+        ignore_index: int,
+        chunk_size: int,
+    ) -> torch.Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        loss, d_hidden, d_weight = _loss_and_gradients(
+            hidden, weight, labels, scale, ignore_index, chunk_size, need_hidden, need_weight
+        )
+        ctx.save_for_backward(hidden, weight, labels, scale)
+        ctx.ignore_index, ctx.chunk_size = ignore_index, chunk_size
+        ctx.gradients = (d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            # Second backward through a retained graph: the first one gave its tensors away.
+            _, *gradients = _loss_and_gradients(
+                *ctx.saved_tensors, ctx.ignore_index, ctx.chunk_size, *ctx.needs_input_grad[:2]
+            )
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+        # In place, on tensors that only this function has seen: a copy of the head's gradient would be 0.6 GB.
+        d_hidden, d_weight = (None if g is None else g.mul_(d_loss.to(g.dtype)) for g in gradients)
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _loss_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: torch.Tensor,
+    ignore_index: int,
+    chunk_size: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Loss () fp32, d_hidden (T, H) and d_weight (V, H) in their tensors' dtypes, None where not needed."""
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+    for begin in range(0, hidden.shape[0], chunk_size):
+        chunk = slice(begin, begin + chunk_size)
+        target = labels[chunk]
+        logits = hidden[chunk] @ weight.T  # (C, V)
+        log_sum, label_logit, _ = row_statistics(logits, target, ignore_index)
+        loss -= (label_logit - log_sum).where(target != ignore_index, 0).sum()
+        if need_hidden or need_weight:
+            d_logits = logits_gradient_(logits, target, log_sum, -scale.expand_as(log_sum), ignore_index)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[chunk])
+            if d_weight is not None:
+                _add_product_(d_weight, d_logits.T, hidden[chunk])
+        del logits
+    return loss * scale, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """forward: log-probabilities and entropies; backward: the logits again, and their gradient, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, chunk_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log_sum, label_logit, entropy = (
+            torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device) for _ in range(3)
+        )
+        for begin in range(0, hidden.shape[0], chunk_size):
+            chunk = slice(begin, begin + chunk_size)
+            statistics = row_statistics(hidden[chunk] @ weight.T, labels[chunk], ignore_index)
+            log_sum[chunk], label_logit[chunk], entropy[chunk] = statistics
+        ctx.save_for_backward(hidden, weight, labels, log_sum, entropy)
+        ctx.ignore_index, ctx.chunk_size = ignore_index, chunk_size
+        return (label_logit - log_sum).where(labels != ignore_index, 0), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_log_prob: torch.Tensor, d_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, labels, log_sum, entropy = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for begin in range(0, hidden.shape[0], ctx.chunk_size):
+            chunk = slice(begin, begin + ctx.chunk_size)
+            d_logits = logits_gradient_(
+                hidden[chunk] @ weight.T,
+                labels[chunk],
+                log_sum[chunk],
+                d_log_prob[chunk],
+                ctx.ignore_index,
+                entropy[chunk],
+                d_entropy[chunk],
+            )
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[chunk])
+            if d_weight is not None:
+                _add_product_(d_weight, d_logits.T, hidden[chunk])
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total (fp32) += left @ right, whatever dtype the factors have, without rounding the product to it."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+def _reciprocal(num_items: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """1 / num_items as a 0-d fp32 tensor on `device`, 0 for 0; no wait for the device."""
+    if isinstance(num_items, torch.Tensor):
+        count = num_items.to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
+        return torch.where(count > 0, 1 / count, torch.zeros_like(count))
+    return torch.full((), 1 / num_items if num_items > 0 else 0.0, dtype=torch.float32, device=device)
+
+
+def _cast_for_autocast(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
+
+
+def _check_num_valid(valid: torch.Tensor, num_valid: int | None) -> int | None:
+    if valid.device.type == "cpu":
+        count = int(valid.sum())
+        if num_valid is not None and num_valid != count:
+            raise ValueError(f"num_valid is {num_valid}, but {count} labels are not ignored; count after the shift")
+        return count
+    if num_valid is not None:
+        torch._assert_async(valid.sum() == num_valid, "num_valid is not the number of labels that are not ignored")
+    return num_valid
+
+
+def _check(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, chunk_size: int
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (T, H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}; flatten "
+            "batch and sequence"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels must be (T={hidden.shape[0]},), got {tuple(labels.shape)}; flatten them like hidden")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}; cast one or run under torch.autocast")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if labels.device.type == "cpu" and labels.numel():
+        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if wrong.numel():
+            raise ValueError(
+                f"labels must lie in [0, V={weight.shape[0]}) or be {ignore_index}, got {int(wrong[0])}; mask "
+                "placeholder tokens before the loss"
+            )

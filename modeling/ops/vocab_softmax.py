@@ -1,0 +1,47 @@
+"""Row-wise softmax statistics of a block of logits, and the gradient that goes back through them.
+
+The step between the two matrix products of an output head (`linear_cross_entropy.py`). Arithmetic is fp32 whatever the
+logits' dtype.
+
+Letters: C rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def row_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits (C, V), labels (C,) -> log sum exp, logit of the label (0 where ignored), entropy in nats; all (C,) fp32."""
+    z = logits.float()
+    log_sum = torch.logsumexp(z, dim=-1)
+    valid = labels != ignore_index
+    label_logit = z.gather(1, labels.where(valid, 0)[:, None]).squeeze(1).where(valid, 0)
+    log_p = z - log_sum[:, None]
+    return log_sum, label_logit, -(log_p.exp() * log_p).sum(-1)
+
+
+def logits_gradient_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    log_sum: torch.Tensor,
+    d_log_prob: torch.Tensor,
+    ignore_index: int,
+    entropy: torch.Tensor | None = None,
+    d_entropy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Overwrite logits (C, V) with the gradient of sum(d_log_prob * log_prob + d_entropy * entropy); return them.
+
+    d log p_y / d z_j = [j = y] - p_j, absent where the label is ignored;  d H / d z_j = -p_j * (log p_j + H).
+    """
+    log_p = logits.float() - log_sum[:, None]
+    p = log_p.exp()
+    valid = labels != ignore_index
+    d_label = d_log_prob.where(valid, 0)
+    gradient = p * -d_label[:, None]
+    gradient.scatter_add_(1, labels.where(valid, 0)[:, None], d_label[:, None])
+    if entropy is not None and d_entropy is not None:
+        gradient -= d_entropy[:, None] * p * (log_p + entropy[:, None])
+    return logits.copy_(gradient)
