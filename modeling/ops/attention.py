@@ -1,0 +1,218 @@
+"""Attention over packed sequences of different lengths, one function over several kernels.
+
+Packed rows never form an S x S mask: the boundaries (`cu_seqlens`) go to a variable-length kernel, and where none fits
+(CPU, float32) the segments are attended one run of equal lengths at a time. Which kernel runs follows from the model's
+`attn_implementation`, the device and what is installed:
+
+    flash_attention_4, flash_attention_2   that package
+    sdpa on CUDA in half precision         the fastest installed: flash-attn 4 (Hopper and newer), flash-attn 2, torch
+    sdpa elsewhere                         scaled_dot_product_attention per segment
+    eager                                  softmax(Q K^T) V per segment, the readable reference
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@cache
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+@cache
+def flash_attention_4_available() -> bool:
+    """flash-attn 4 (`flash_attn.cute`) is installed and the GPU is Hopper or newer."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return False
+    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+
+
+@cache
+def flash_attention_2_available() -> bool:
+    """The flash-attn 2 package is installed (flash-attn 4 alone shares its import name, not its functions)."""
+    return torch.cuda.is_available() and _installed("flash-attn")
+
+
+def select_varlen_backend(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the kernel that `varlen_attention` runs; see the table at the top of the file.
+
+    Raises:
+        ValueError: `implementation` names a package that is not installed or does not run on this device and dtype.
+    """
+    if implementation == "eager":
+        return "eager"
+    half_on_cuda = device.type == "cuda" and dtype in HALF_PRECISION
+    wanted = {"flash_attention_4": flash_attention_4_available, "flash_attention_2": flash_attention_2_available}
+    if implementation in wanted:
+        if not half_on_cuda:
+            raise ValueError(
+                f"attn_implementation={implementation!r} needs float16 or bfloat16 on a CUDA device, got {dtype} on "
+                f"{device.type}; use attn_implementation='sdpa'."
+            )
+        if not wanted[implementation]():
+            raise ValueError(
+                f"attn_implementation={implementation!r} is not available here: install the 'hopper' extra for "
+                "flash_attention_4 (Hopper or newer) or the 'flash-attn' extra for flash_attention_2, or use 'sdpa'."
+            )
+        return implementation
+    if half_on_cuda:
+        if flash_attention_4_available():
+            return "flash_attention_4"
+        return "flash_attention_2" if flash_attention_2_available() else "torch_varlen"
+    return "sdpa"
+
+
+def _equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """[(segments, length)] of neighbouring segments of equal length, so that they go through one batched call."""
+    lengths = cu_seqlens.diff().tolist()
+    return [(sum(1 for _ in run), length) for length, run in groupby(lengths) if length > 0]
+
+
+def _per_segment(attend: Callable, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Apply `attend` on (segments, N, L, D) blocks of equal length. (T, N, D) in and out."""
+    outputs, start = [], 0
+    for segments, length in _equal_runs(cu_seqlens):
+        stop = start + segments * length
+        blocks = (x[start:stop].unflatten(0, (segments, length)).transpose(1, 2) for x in (query, key, value))
+        outputs.append(attend(*blocks).transpose(1, 2).flatten(0, 1))
+        start = stop
+    return torch.cat(outputs) if outputs else torch.zeros_like(query)
+
+
+def _sdpa_segments(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return _per_segment(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped),
+        query,
+        key,
+        value,
+        cu_seqlens,
+    )
+
+
+def _eager_segments(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, N, L, D)
+        scores = q @ k.transpose(2, 3) * scale  # (n, N, L, L)
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+    return _per_segment(attend, query, key, value, cu_seqlens)
+
+
+def _torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted = inspect.signature(varlen_attn).parameters  # the signature grew between torch 2.11 and 2.14
+    options: dict[str, Any] = {"scale": scale}
+    if "window_size" in accepted:
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _flash_attention(
+    function: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    out = function(
+        query,
+        key,
+        value,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=causal,
+    )
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return _flash_attention(flash_attn_varlen_func, query, key, value, **kwargs)
+
+
+def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash_attention(flash_attn_varlen_func, query, key, value, **kwargs)
+
+
+VARLEN_BACKENDS: dict[str, Callable] = {
+    "eager": _eager_segments,
+    "sdpa": _sdpa_segments,
+    "torch_varlen": _torch_varlen,
+    "flash_attention_2": _flash_attention_2,
+    "flash_attention_4": _flash_attention_4,
+}
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    implementation: str = "sdpa",
+) -> Tensor:
+    """Self-attention inside each segment of packed rows.
+
+    Args:
+        query: (T, N, D). key, value: (T, N_kv, D) with N divisible by N_kv; query head n reads key head n // (N /
+            N_kv).
+        cu_seqlens: (segments + 1,) int32 on the rows' device, from 0 to T.
+        max_seqlen: the longest segment, a Python int.
+        causal: whether a row sees only rows before it in its segment.
+        scale: factor on the scores, usually 1 / sqrt(D).
+        implementation: the model's `attn_implementation`.
+
+    Returns:
+        (T, N, D), rows of one segment independent of every other segment, bit for bit.
+    """
+    backend = VARLEN_BACKENDS[select_varlen_backend(implementation, query.device, query.dtype)]
+    return backend(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale)
