@@ -1,0 +1,66 @@
+"""Configuration: upstream's three config classes plus the fields that training needs.
+
+Everything that describes the architecture is inherited from transformers, so a `config.json` of a published checkpoint
+loads here and one saved here loads there. The fork's own fields live on the text config, next to the layers they act
+on.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen3_vl_moe import configuration_qwen3_vl_moe as upstream
+
+MOE_IMPLEMENTATIONS = ("eager", "fused")
+
+
+def check_moe_implementation(value: str) -> None:
+    """Raise a ValueError unless `value` names an implementation of the expert layer."""
+    if value not in MOE_IMPLEMENTATIONS:
+        raise ValueError(
+            f"moe_implementation={value!r} is unknown; expected one of {', '.join(map(repr, MOE_IMPLEMENTATIONS))}: "
+            "'fused' for training and speed, 'eager' for the readable reference loop."
+        )
+
+
+@strict
+class Qwen3VLMoeTextConfig(upstream.Qwen3VLMoeTextConfig):
+    """Upstream's text config and:
+
+    moe_implementation: "fused" (grouped matrix products, default) or "eager" (a loop over experts, the reference).
+    moe_backend: kernel behind "fused": "quack", "grouped_mm" or "eager"; None lets the device and the installed
+        packages decide, once, with a log line.
+    output_router_logits: upstream's, declared here too because its older releases leave it out.
+    """
+
+    moe_implementation: str = "fused"
+    moe_backend: str | None = None
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_moe_implementation(self.moe_implementation)
+
+
+@strict
+class Qwen3VLMoeVisionConfig(upstream.Qwen3VLMoeVisionConfig):
+    """Upstream's vision config; the base of the rotary angles is written out where transformers keeps it in its
+    code."""
+
+    rope_parameters: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.rope_parameters is None or self.rope_parameters["rope_type"] == "default":
+            self.rope_parameters = {"rope_type": "axial", "rope_theta": 10000.0}
+
+
+@strict
+class Qwen3VLMoeConfig(upstream.Qwen3VLMoeConfig):
+    """Upstream's joint config over this fork's text and vision configs."""
+
+    # transformers names this mapping `sub_configs` up to some release and `sub_configs_defaults` after it.
+    sub_configs = {"vision_config": Qwen3VLMoeVisionConfig, "text_config": Qwen3VLMoeTextConfig}
+    sub_configs_defaults = {"vision_config": Qwen3VLMoeVisionConfig, "text_config": Qwen3VLMoeTextConfig}
+
+
+__all__ = ["Qwen3VLMoeConfig", "Qwen3VLMoeTextConfig", "Qwen3VLMoeVisionConfig"]
