@@ -1,0 +1,134 @@
+"""`from_pretrained` and `save_pretrained` that know which way round the expert weights lie.
+
+The published checkpoints store them transposed, transformers 5 saves them as they are in memory, and both use the same
+names. transformers tells them apart by shape, which cannot work for square weights and then loads them silently
+transposed; and it leaves code outside its own package to itself. So the layout is decided here, from the stamp in the
+files, then by shape, and never guessed; what is saved carries the stamp.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.modeling_utils import PreTrainedModel
+
+from conversion.layout import Stamp, detect_layout, logical_name, pack, read_stamp, stamp_metadata
+
+LOADABLE = ("hub", "fused")
+
+
+def layout_of_files(files: list[str], hidden_size: int, expert_intermediate: int) -> str:
+    """The layout that a set of safetensors files stores its experts in.
+
+    Raises:
+        ValueError: stamps and shapes contradict each other or cannot tell, or the files are no safetensors.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    stamps: dict[str, Stamp | None] = {}
+    for path in files:
+        if not path.endswith(".safetensors"):
+            raise ValueError(f"{path} is not a safetensors file; save the checkpoint as safetensors first.")
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if logical_name(name) is not None]
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            stamps[path] = read_stamp(file.metadata() or {}, path)
+    return detect_layout(shapes, hidden_size, expert_intermediate, stamps).layout
+
+
+def expert_conversions(layout: str) -> list[WeightConverter]:
+    """What turns expert tensors of `layout` into this model's, for transformers' loader."""
+    if layout not in LOADABLE:
+        raise ValueError(
+            f"the checkpoint has the {layout} layout, which from_pretrained does not read; convert it first: "
+            "python conversion/hf_to_veomni.py INPUT OUTPUT"
+        )
+    if layout == "fused":
+        return []
+    names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    return [WeightConverter(source_patterns=n, target_patterns=n, operations=[Transpose(1, 2)]) for n in names]
+
+
+def check_loading(missing: set, unexpected: set, mismatched: set) -> None:
+    """Raise a ValueError that lists every key of a checkpoint that did not find its place."""
+    problems = [
+        f"{len(keys)} {what}: {', '.join(sorted(map(str, keys))[:8])}{' ...' if len(keys) > 8 else ''}"
+        for what, keys in (
+            ("missing from the checkpoint", missing),
+            ("unknown to the model", unexpected),
+            ("of another shape", mismatched),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            "the checkpoint does not fit the model; nothing is left at random values silently. " + "; ".join(problems)
+        )
+
+
+class LayoutAwareModel(PreTrainedModel):
+    """PreTrainedModel whose loading and saving know the experts' layout."""
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
+        """transformers' loader with this project's word on the experts' layout in place of its guess."""
+        if checkpoint_files and state_dict is None:
+            text_config = model.config.get_text_config()
+            layout = layout_of_files(checkpoint_files, text_config.hidden_size, text_config.moe_intermediate_size)
+            load_config = replace(load_config, weight_mapping=expert_conversions(layout))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """transformers' own, then no missing, unexpected or misshapen key is tolerated."""
+        info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if not load_config.ignore_mismatched_sizes:
+            check_loading(info.missing_keys, info.unexpected_keys, info.mismatched_keys)
+        return info
+
+    def save_pretrained(  # type: ignore[override]  # fewer positional arguments than transformers', by keyword alike
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        max_shard_size: str | int = "5GB",
+        layout: str = "fused",
+        **kwargs: Any,
+    ) -> None:
+        """Write the model as safetensors that carry their layout.
+
+        Args:
+            layout: "fused", as in memory (what a trainer reads back), or "hub", as published (what other tools expect).
+                transformers loads both.
+            kwargs: transformers' own; they matter for adapters, which are saved by transformers.
+
+        Raises:
+            ValueError: unknown layout, or parameters sharded over ranks (export those with modeling.distributed).
+        """
+        if layout not in LOADABLE:
+            raise ValueError(f"layout={layout!r} cannot be saved here; expected one of {', '.join(LOADABLE)}.")
+        if self._hf_peft_config_loaded:
+            kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "max_shard_size": max_shard_size}
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if not is_main_process:
+            return
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if any(isinstance(value, DTensor) for value in state_dict.values()):
+            raise ValueError(
+                "the parameters are sharded over ranks; use modeling.distributed.checkpoint to export them."
+            )
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(save_directory)
+        if self.can_generate():
+            self.generation_config.save_pretrained(save_directory)
+        stored: dict[str, Any] = {}
+        for name, value in state_dict.items():
+            experts = logical_name(name) is not None
+            stored |= {key: part for (key, _), part in pack(layout, name, value).items()} if experts else {name: value}
+        save_torch_state_dict(stored, save_directory, max_shard_size=max_shard_size, metadata=stamp_metadata(layout))
