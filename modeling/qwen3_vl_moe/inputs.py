@@ -1,0 +1,106 @@
+"""What a forward is given, brought into one form and checked: positions, masks, token ids, images against placeholders.
+
+Every check compares shapes or CPU values, but for `check_token_ids`, which says when it may be called.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from modeling.qwen3_vl_moe.vision_metadata import VisionMetadata
+
+
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise a ValueError for token ids outside the vocabulary. Waits for the device: not for batches from the collator,
+    whose ids it has checked on the CPU."""
+    if input_ids.numel() == 0 or input_ids.device.type == "meta":
+        return
+    low, high = torch.stack(input_ids.aminmax()).tolist()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids run from {low} to {high}, but the vocabulary has ids 0 to {vocab_size - 1}. Use this model's "
+            "own tokenizer; placeholders such as -200 and -300 are for position_id_func and must be replaced before."
+        )
+
+
+def normalize_position_ids(
+    position_ids: torch.Tensor, batch_size: int, length: int, collated: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotary positions (3, B, S) and, where they came along, text positions (B, S).
+
+    Args:
+        position_ids: (B, S), (3, B, S), (4, B, S) whose first row is the text position, or a collator's (B, 3, S).
+        collated: the batch carries cu_seq_lens_q, so (B, 3, S) is meant where shapes alone cannot tell.
+
+    Raises:
+        ValueError: any other shape.
+    """
+    shape = tuple(position_ids.shape)
+    # PATCH(veomni-position-ids): a collator stacks samples first, (B, 3, S); turned around here, once
+    if shape == (batch_size, 3, length) and (collated or batch_size not in (3, 4)):
+        position_ids = position_ids.transpose(0, 1).contiguous()
+    elif shape == (batch_size, length):
+        position_ids = position_ids[None].expand(3, -1, -1)
+    elif shape not in ((3, batch_size, length), (4, batch_size, length), (3, 1, length), (4, 1, length)):
+        raise ValueError(
+            f"position_ids have shape {shape}; for a batch of {batch_size} x {length} tokens expected one of "
+            f"{(batch_size, length)}, {(3, batch_size, length)}, {(4, batch_size, length)} or, from a collator, "
+            f"{(batch_size, 3, length)}."
+        )
+    if position_ids.shape[0] == 4:
+        return position_ids[1:], position_ids[0]
+    return position_ids, None
+
+
+def check_packing(batch_size: int, past_length: int, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+    """Raise a ValueError unless a packed batch is one row, without a cache, with its longest segment as an int."""
+    if batch_size != 1 or past_length:
+        raise ValueError(
+            f"cu_seq_lens_q describes samples packed into one row; got a batch of {batch_size} and {past_length} "
+            "cached tokens. Pack the samples into shape (1, S), or pass attention_mask instead of cu_seq_lens_q."
+        )
+    if cu_seqlens.ndim != 1 or not isinstance(max_seqlen, int) or max_seqlen < 1:
+        raise ValueError(
+            "cu_seq_lens_q must have shape (segments + 1,) and max_length_q be a Python int (no device sync); got "
+            f"shape {tuple(cu_seqlens.shape)} and {max_seqlen!r}."
+        )
+
+
+def check_attention_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> None:
+    """Raise a ValueError for a 2-d mask that does not cover the batch's tokens, cached ones included."""
+    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch_size, length)}: one column for "
+            "each token, cached tokens included."
+        )
+
+
+@dataclass
+class VisualInput:
+    """One modality of a batch, images or videos: what arrived under its names."""
+
+    name: str
+    token_id: int
+    pixel_values: torch.Tensor | None
+    grid_thw: torch.Tensor | None
+    mask: torch.Tensor | None
+    metadata: VisionMetadata | None
+    token_indices: torch.Tensor | None
+
+    def check(self, num_tokens: int, merge_unit: int) -> None:
+        """Raise a ValueError unless placeholders, pixels and grids describe the same images."""
+        if self.pixel_values is None:
+            if num_tokens:
+                raise ValueError(
+                    f"the input holds {num_tokens} {self.name} placeholder tokens but no {self.name} features: pass "
+                    f"the processor's pixel values of these {self.name}s, or remove the placeholders."
+                )
+            return
+        if self.metadata is None:
+            raise ValueError(f"pixel values of {self.name}s came without {self.name}_grid_thw; pass the processor's.")
+        num_features = self.metadata.num_patches // merge_unit
+        if num_tokens != num_features:
+            raise ValueError(
+                f"the input holds {num_tokens} {self.name} placeholder tokens, but its pixel values make "
+                f"{num_features} {self.name} features. Was the text truncated inside one {self.name}, or one left out?"
+            )
