@@ -1,0 +1,1101 @@
+"""Qwen3-VL-MoE: the whole model in one file, a fork for training.
+
+Module and parameter names are those of transformers' own implementation, so state dicts, adapters and regular
+expressions written for it keep working; the code is this project's. It follows the architecture as published with the
+Qwen3-VL checkpoints and implemented in transformers, and is proven equal to that implementation, outputs and gradients.
+
+What differs is where training spends its time and where it goes wrong elsewhere:
+
+- packed samples (`cu_seq_lens_q`) go through variable-length attention; no S x S mask exists for them;
+- experts are one autograd function over grouped matrix products, on weights (E, 2I, H) and (E, H, I) that no forward
+copies;
+- everything the vision tower derives from grid_thw comes from the CPU, once per batch (`multimodal_metadata`);
+- visual features enter the text by index, not by boolean mask, and the loss never holds the full logits;
+- a changed place carries one line `# PATCH(name): why`; the README lists them.
+
+Shape letters: B batch, S full sequence, s this rank's slice, H hidden, D head_dim, N heads, E experts, K top_k, I
+expert intermediate, T tokens (B*S flattened), V vocabulary, P vision patches, p this rank's patches, M merged visual
+tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from modeling.ops.attention import varlen_attention
+from modeling.ops.fused_moe import fused_moe_forward
+from modeling.ops.linear_cross_entropy import linear_cross_entropy
+from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeTextConfig,
+    Qwen3VLMoeVisionConfig,
+    check_moe_implementation,
+)
+from modeling.qwen3_vl_moe.generation import VisionGenerationMixin
+from modeling.qwen3_vl_moe.inputs import (
+    VisualInput,
+    check_attention_mask,
+    check_packing,
+    check_token_ids,
+    normalize_position_ids,
+)
+from modeling.qwen3_vl_moe.position_ids import get_rope_index, make_position_id_func
+from modeling.qwen3_vl_moe.pretrained import LayoutAwareModel
+from modeling.qwen3_vl_moe.vision_metadata import (
+    VisionMetadata,
+    make_metadata_collate_func,
+    unpack_metadata,
+    vision_metadata,
+)
+
+
+class Qwen3VLMoeTextRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in float32 (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(x1, x2) -> (-x2, x1) over the halves of the last dimension."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys (Su et al., 2021). cos and sin lack the heads' dimension, which is added at
+    unsqueeze_dim."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+class Qwen3VLMoeTextRotaryEmbedding(nn.Module):
+    """Interleaved multimodal rotary angles: frequency i turns with the temporal, height or width position.
+
+    The frequencies are no buffer: they are computed on the CPU and cached per device, so that a model built on the meta
+    device needs no extra step and every device sees the same bits.
+    """
+
+    STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
+
+    def __init__(self, config: Qwen3VLMoeTextConfig) -> None:
+        super().__init__()
+        parameters = config.rope_parameters
+        rope_type = parameters["rope_type"]
+        if rope_type not in self.STATIC_ROPE_TYPES:
+            raise ValueError(
+                f"rope_type={rope_type!r} changes with the sequence length and is not supported; use one of "
+                f"{', '.join(self.STATIC_ROPE_TYPES)}."
+            )
+        if rope_type == "default":
+            exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu") / config.head_dim
+            inv_freq, self.attention_scaling = 1.0 / parameters["rope_theta"] ** exponents, 1.0
+        else:
+            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu")
+        self._axis_of_frequency = self._interleave(parameters.get("mrope_section", [24, 20, 20]), len(inv_freq))
+        self._inv_freq = inv_freq
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @staticmethod
+    def _interleave(sections: list[int], frequencies: int) -> torch.Tensor:
+        """0, 1 or 2 (T, H, W) for each frequency: T H W T H W ... as far as the sections of H and W reach, then T."""
+        axis = torch.zeros(frequencies, dtype=torch.long, device="cpu")
+        axis[1 : 3 * sections[1] : 3] = 1
+        axis[2 : 3 * sections[2] : 3] = 2
+        return axis
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (3, B, S) -> cos and sin (B, S, D) in x's dtype and on its device."""
+        if x.device not in self._on_device:
+            axis = self._axis_of_frequency.to(x.device, non_blocking=True)
+            self._on_device[x.device] = (self._inv_freq.to(x.device, non_blocking=True), axis)
+        inv_freq, axis = self._on_device[x.device]
+        positions = position_ids.movedim(0, -1).index_select(-1, axis)  # (B, S, D/2)
+        angles = positions.float() * inv_freq
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
+
+
+class Qwen3VLMoeTextExperts(nn.Module):
+    """The experts of one layer: SwiGLU MLPs as two stacked weights, gate rows before up rows."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig) -> None:
+        super().__init__()
+        check_moe_implementation(config.moe_implementation)
+        if config.hidden_act != "silu":
+            raise ValueError(f"the expert layer computes SwiGLU; hidden_act={config.hidden_act!r} must be 'silu'.")
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.backend = "eager" if config.moe_implementation == "eager" else config.moe_backend
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, H), (T, K) int64, (T, K) float -> (T, H)."""
+        # PATCH(ep-fused-moe): compact top-k weights go straight to the kernel; the weights are read as they lie
+        return fused_moe_forward(
+            hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, backend=self.backend
+        )
+
+
+class Qwen3VLMoeTextTopKRouter(nn.Module):
+    """Softmax over all experts, the top k kept and renormalised."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(..., H) -> raw logits (T, E), weights (T, K) float32 that sum to 1, expert indices (T, K) int64."""
+        router_logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)  # (T, E)
+        probabilities = router_logits.softmax(-1, dtype=torch.float)
+        weights, indices = probabilities.topk(self.top_k, dim=-1)  # (T, K)
+        return router_logits, weights / weights.sum(-1, keepdim=True), indices
+
+
+class Qwen3VLMoeTextSparseMoeBlock(nn.Module):
+    def __init__(self, config: Qwen3VLMoeTextConfig) -> None:
+        super().__init__()
+        self.experts = Qwen3VLMoeTextExperts(config)
+        self.gate = Qwen3VLMoeTextTopKRouter(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, H) -> (B, S, H) and the raw router logits (T, E)."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        router_logits, weights, indices = self.gate(tokens)
+        return self.experts(tokens, indices, weights).view_as(hidden_states), router_logits
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, with its weights; transformers' attention interface. (B, N, S, D) -> (B, S, N, D)."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # (B, N, S, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Qwen3VLMoeTextAttention(nn.Module):
+    """Grouped-query attention with an RMSNorm on every query and key head."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = Qwen3VLMoeTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3VLMoeTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, S, H) -> (B, S, H) and the attention weights where the implementation has them."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads))  # (B, S, N, D)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads))  # (B, S, N_kv, D)
+        value = self.v_proj(hidden_states).view(heads)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+        if cu_seqlens is not None:
+            output, weights = self._packed(query, key, value, cu_seqlens, max_seqlen), None
+        else:
+            output, weights = self._masked(query, key, value, attention_mask, past_key_values)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """One row of packed samples, each attending to itself: (1, S, N, D) -> (S, N, D)."""
+        return varlen_attention(
+            query.squeeze(0),
+            key.squeeze(0),
+            value.squeeze(0),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            causal=True,
+            scale=self.scaling,
+            implementation=self.config._attn_implementation,
+        )
+
+    def _masked(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Padded batches and generation, through transformers' attention registry."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, S, D)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        return attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+
+
+class Qwen3VLMoeTextMLP(nn.Module):
+    """The SwiGLU MLP of a dense layer."""
+
+    def __init__(self, config: Qwen3VLMoeTextConfig, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def is_moe_layer(config: Qwen3VLMoeTextConfig, layer_idx: int) -> bool:
+    """Whether a decoder layer has experts rather than a dense MLP."""
+    if layer_idx in config.mlp_only_layers or config.num_experts == 0:
+        return False
+    return (layer_idx + 1) % config.decoder_sparse_step == 0
+
+
+class Qwen3VLMoeTextDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: Qwen3VLMoeTextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = Qwen3VLMoeTextAttention(config, layer_idx)
+        moe = is_moe_layer(config, layer_idx)
+        self.mlp = Qwen3VLMoeTextSparseMoeBlock(config) if moe else Qwen3VLMoeTextMLP(config)
+        self.input_layernorm = Qwen3VLMoeTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3VLMoeTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(B, S, H) -> (B, S, H), raw router logits (T, E) of a MoE layer, attention weights where there are any."""
+        attended, attention_weights = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask,
+            past_key_values=past_key_values,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
+        hidden_states = hidden_states + attended
+        output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
+        if isinstance(output, tuple):
+            output, router_logits = output
+        return hidden_states + output, router_logits, attention_weights
+
+
+class Qwen3VLMoePreTrainedModel(LayoutAwareModel):
+    config_class = Qwen3VLMoeConfig
+    base_model_prefix = "model"
+    input_modalities: tuple[str, ...] = ("text", "image", "video")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen3VLMoeTextDecoderLayer", "Qwen3VLMoeVisionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, Qwen3VLMoeTextExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Qwen3VLMoeTextTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class Qwen3VLMoeVisionRotaryEmbedding(nn.Module):
+    """Axial rotary angles: a quarter of the head turns with the patch's row, a quarter with its column, then again."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig) -> None:
+        super().__init__()
+        parameters: dict[str, Any] = config.rope_parameters  # type: ignore[assignment]  # filled in by the config
+        if parameters["rope_type"] != "axial":
+            raise ValueError(f"the vision tower's rope_type must be 'axial', got {parameters['rope_type']!r}.")
+        axis_dim = config.hidden_size // config.num_heads // 2
+        exponents = torch.arange(0, axis_dim, 2, dtype=torch.float, device="cpu") / axis_dim
+        self._inv_freq = 1.0 / parameters["rope_theta"] ** exponents
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (P, 2) -> cos and sin (P, D) float32."""
+        device = position_ids.device
+        if device not in self._on_device:
+            self._on_device[device] = self._inv_freq.to(device, non_blocking=True)
+        angles = (position_ids[..., None].float() * self._on_device[device]).flatten(1)  # (P, D/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def apply_rotary_pos_emb_vision(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate (P, N, D) queries and keys in float32 by cos and sin (P, D); returns their own dtypes."""
+    rotated_q, rotated_k = apply_rotary_pos_emb(q.float(), k.float(), cos, sin, unsqueeze_dim=-2)
+    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+
+
+class Qwen3VLMoeVisionAttention(nn.Module):
+    """Full attention inside each frame."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """(P, H_vit) -> (P, H_vit)."""
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P, N, D)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        attended = varlen_attention(
+            query,
+            key,
+            value,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            causal=False,
+            scale=self.scaling,
+            implementation=self.config._attn_implementation,
+        )
+        return self.proj(attended.flatten(1))
+
+
+class Qwen3VLMoeVisionMLP(nn.Module):
+    def __init__(self, config: Qwen3VLMoeVisionConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=True)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_fc2(self.act_fn(self.linear_fc1(hidden_states)))
+
+
+class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
+    def __init__(self, config: Qwen3VLMoeVisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.attn = Qwen3VLMoeVisionAttention(config)
+        self.mlp = Qwen3VLMoeVisionMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """(P, H_vit) -> (P, H_vit)."""
+        hidden_states = hidden_states + self.attn(
+            self.norm1(hidden_states), cu_seqlens, max_seqlen, position_embeddings
+        )
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class Qwen3VLMoeVisionPatchEmbed(nn.Module):
+    """A patch's pixels to its embedding. The weight keeps Conv3d's shape; kernel and stride coincide, so it is a matrix
+    product over flattened patches, which is what runs (convolution kernels are 10 to 20 times slower here)."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel, bias=True)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(P, C * T * patch * patch) -> (P, H_vit), in the weight's dtype."""
+        weight = self.proj.weight
+        return F.linear(pixel_values.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+class Qwen3VLMoeVisionPatchMerger(nn.Module):
+    """merge² neighbouring patches to one token of the language model's width."""
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig, use_postshuffle_norm: bool = False) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size * config.spatial_merge_size**2
+        self.use_postshuffle_norm = use_postshuffle_norm
+        self.norm = nn.LayerNorm(self.hidden_size if use_postshuffle_norm else config.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.hidden_size, self.hidden_size)
+        self.act_fn = nn.GELU()
+        self.linear_fc2 = nn.Linear(self.hidden_size, config.out_hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(P, H_vit) -> (M, H)."""
+        x = self.norm(x.view(-1, self.hidden_size) if self.use_postshuffle_norm else x).view(-1, self.hidden_size)
+        return self.linear_fc2(self.act_fn(self.linear_fc1(x)))
+
+
+@dataclass
+class BaseModelOutputWithDeepstackFeatures(BaseModelOutputWithPooling):
+    """last_hidden_state (P, H_vit), pooler_output (M, H), and deepstack_features: one (M, H) per deepstack layer."""
+
+    deepstack_features: list[torch.Tensor] | None = None
+
+
+class Qwen3VLMoeVisionModel(Qwen3VLMoePreTrainedModel):
+    config_class = Qwen3VLMoeVisionConfig
+    input_modalities = ("image", "video")
+
+    def __init__(self, config: Qwen3VLMoeVisionConfig) -> None:
+        super().__init__(config)
+        self.spatial_merge_size = config.spatial_merge_size
+        self.num_grid_per_side = int(config.num_position_embeddings**0.5)
+        self.patch_embed = Qwen3VLMoeVisionPatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.rotary_pos_emb = Qwen3VLMoeVisionRotaryEmbedding(config)
+        self.blocks = nn.ModuleList([Qwen3VLMoeVisionBlock(config) for _ in range(config.depth)])
+        self.merger = Qwen3VLMoeVisionPatchMerger(config, use_postshuffle_norm=False)
+        self.deepstack_visual_indexes = list(config.deepstack_visual_indexes)
+        self.deepstack_merger_list = nn.ModuleList(
+            [Qwen3VLMoeVisionPatchMerger(config, use_postshuffle_norm=True) for _ in self.deepstack_visual_indexes]
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_metadata(self, grid_thw: torch.Tensor, name: str = "grid_thw") -> VisionMetadata:
+        """What `forward` needs to know of a batch's grids (n, 3), worked out on the CPU."""
+        return vision_metadata(
+            grid_thw.cpu(), table_side=self.num_grid_per_side, merge=self.spatial_merge_size, name=name
+        )
+
+    def interpolate_pos_embed(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Learned positions resampled to each patch: (P, 4), (P, 4) float32 -> (P, H_vit) float32."""
+        return (self.pos_embed(indices) * weights[..., None]).sum(1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid_thw: torch.Tensor | None = None,
+        metadata: VisionMetadata | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithDeepstackFeatures:
+        """Encode patches.
+
+        Args:
+            hidden_states: (P, C * T * patch * patch) pixel values in merge-block order, as the image processor gives.
+            grid_thw: (n, 3) patches in time, height and width per image; not needed when metadata is given.
+            metadata: precomputed by `get_metadata` or the collator.
+        """
+        if metadata is None:
+            if grid_thw is None:
+                raise ValueError("the vision tower needs grid_thw (n, 3) or its metadata; got neither.")
+            metadata = self.get_metadata(grid_thw)
+        if hidden_states.shape[0] != metadata.num_patches:
+            raise ValueError(
+                f"pixel values hold {hidden_states.shape[0]} patches, but the grids describe {metadata.num_patches}; "
+                "pass pixel values and grids of the same images."
+            )
+        metadata = metadata.to(hidden_states.device)
+        hidden_states = self.patch_embed(hidden_states)  # (P, H_vit)
+        pos_embeds = self.interpolate_pos_embed(metadata.interp_indices, metadata.interp_weights)
+        hidden_states = hidden_states + pos_embeds.to(hidden_states.dtype)
+        position_embeddings = self.rotary_pos_emb(metadata.position_ids)
+
+        deepstack_features = []
+        for layer_idx, block in enumerate(self.blocks):
+            hidden_states = block(
+                hidden_states,
+                cu_seqlens=metadata.cu_seqlens,
+                max_seqlen=metadata.max_seqlen,
+                position_embeddings=position_embeddings,
+            )
+            if layer_idx in self.deepstack_visual_indexes:
+                merger = self.deepstack_merger_list[self.deepstack_visual_indexes.index(layer_idx)]
+                deepstack_features.append(merger(hidden_states))
+        return BaseModelOutputWithDeepstackFeatures(
+            last_hidden_state=hidden_states,
+            pooler_output=self.merger(hidden_states),
+            deepstack_features=deepstack_features,
+        )
+
+
+class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
+    """The language model. Not text only: deepstack adds visual features behind its first layers."""
+
+    config_class = Qwen3VLMoeTextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: Qwen3VLMoeTextConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([Qwen3VLMoeTextDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Qwen3VLMoeTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3VLMoeTextRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        visual_token_indices: torch.Tensor | None = None,
+        deepstack_visual_embeds: Sequence[torch.Tensor] = (),
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids (B, S) or inputs_embeds (B, S, H): exactly one.
+            attention_mask: (B, past + S), 0 at padding; or a prepared 4-d mask. Not used with cu_seq_lens_q.
+            position_ids: see `normalize_position_ids`; None counts from the cache's length.
+            visual_token_indices: (M,) int64 rows of the flattened B*S tokens that are visual.
+            deepstack_visual_embeds: one (M, H) per deepstack layer, added behind decoder layers 0, 1, ...
+            cu_seq_lens_q: (segments + 1,) int32 boundaries of the samples packed into one row (B = 1).
+            max_length_q: the longest of them, a Python int.
+
+        Returns:
+            last_hidden_state (B, S, H) after the final norm; hidden_states, attentions and router_logits (raw, (T, E)
+            per MoE layer) on request, with upstream's meaning: a layer's own output, deepstack not yet added.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, length, _ = inputs_embeds.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None and cu_seq_lens_q is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            positions = torch.arange(past_length, past_length + length, device=inputs_embeds.device)
+            position_ids = positions.expand(4, batch_size, -1)
+        position_ids, text_position_ids = normalize_position_ids(
+            position_ids, batch_size, length, collated=cu_seq_lens_q is not None
+        )
+
+        if cu_seq_lens_q is not None:
+            check_packing(batch_size, past_length, cu_seq_lens_q, max_length_q)
+            attention_mask = None
+        else:
+            check_attention_mask(attention_mask, batch_size, past_length + length)
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=text_position_ids,
+            )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        all_hidden_states, all_attentions, all_router_logits = [hidden_states], [], []
+        for layer_idx, layer in enumerate(self.layers):
+            hidden_states, router_logits, attention_weights = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                cu_seqlens=cu_seq_lens_q,
+                max_seqlen=max_length_q,
+            )
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(attention_weights)
+            if router_logits is not None:
+                all_router_logits.append(router_logits)
+            if visual_token_indices is not None and layer_idx < len(deepstack_visual_embeds):
+                hidden_states = add_at(hidden_states, visual_token_indices, deepstack_visual_embeds[layer_idx])
+        hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+            router_logits=tuple(all_router_logits) if output_router_logits else None,
+        )
+
+
+def add_at(hidden_states: torch.Tensor, token_indices: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """hidden_states (B, S, H) plus embeds (M, H) at rows token_indices (M,) of its B*S tokens."""
+    embeds = embeds.to(hidden_states.device, hidden_states.dtype)
+    return hidden_states.flatten(0, 1).index_add(0, token_indices, embeds).view_as(hidden_states)
+
+
+def put_at(hidden_states: torch.Tensor, token_indices: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """hidden_states (B, S, H) with rows token_indices (M,) of its B*S tokens replaced by embeds (M, H)."""
+    embeds = embeds.to(hidden_states.device, hidden_states.dtype)
+    return hidden_states.flatten(0, 1).index_copy(0, token_indices, embeds).view_as(hidden_states)
+
+
+class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
+    """Vision tower and language model."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: Qwen3VLMoeConfig) -> None:
+        super().__init__(config)
+        self.visual = Qwen3VLMoeVisionModel._from_config(config.vision_config)
+        self.language_model = Qwen3VLMoeTextModel._from_config(config.text_config)
+        self.rope_deltas: torch.Tensor | None = None  # (B, 1), kept for the decoding steps after a prefill
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def get_rope_index(
+        self,
+        input_ids: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids.get_rope_index` with this model's numbers: positions (3, B, L) and rope_deltas (B, 1)."""
+        return get_rope_index(
+            input_ids,
+            image_grid_thw,
+            video_grid_thw,
+            attention_mask,
+            mm_token_type_ids,
+            spatial_merge_size=self.config.vision_config.spatial_merge_size,
+            image_token_id=self.config.image_token_id,
+            video_token_id=self.config.video_token_id,
+        )
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithDeepstackFeatures:
+        """Features of images: pooler_output and each deepstack feature split into one (M_i, H) per image."""
+        output = self.visual(pixel_values.to(self.visual.dtype), grid_thw=image_grid_thw)
+        sizes = (image_grid_thw.prod(-1) // self.visual.spatial_merge_size**2).tolist()
+        output.pooler_output = output.pooler_output.split(sizes)
+        output.deepstack_features = [feature.split(sizes) for feature in output.deepstack_features]
+        return output
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithDeepstackFeatures:
+        """Features of videos; see `get_image_features`."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def compute_3d_position_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_grid_thw: torch.Tensor | None,
+        video_grid_thw: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_length: int,
+        mm_token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Positions (3, B, S) where the caller gave none: from the grids at a prefill, from the remembered
+        rope_deltas when decoding; None (count from the cache's length) for plain text."""
+        if input_ids is not None and past_length == 0 and (image_grid_thw is not None or video_grid_thw is not None):
+            position_ids, self.rope_deltas = self.get_rope_index(
+                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask
+            )
+            return position_ids
+        if self.rope_deltas is None or (past_length == 0 and input_ids is not None):
+            return None
+        batch_size, length, _ = inputs_embeds.shape
+        if attention_mask is not None and attention_mask.ndim == 2:
+            positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)[:, -length:]
+        else:
+            positions = torch.arange(past_length, past_length + length, device=inputs_embeds.device)
+        deltas = self.rope_deltas.repeat_interleave(batch_size // self.rope_deltas.shape[0], dim=0)
+        return (positions + deltas.to(inputs_embeds.device)).expand(3, batch_size, -1)
+
+    def _placeholder_mask(
+        self, visual: VisualInput, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, S) bool, where a modality's features go."""
+        if visual.mask is not None:
+            return visual.mask
+        if input_ids is not None:
+            return input_ids == visual.token_id
+        token_id = torch.tensor(visual.token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+
+    def _fill_back(
+        self, visual: VisualInput, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, past_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Encode one modality and put its features in place of its placeholder tokens.
+
+        Returns:
+            inputs_embeds (B, S, H), the rows (M,) that were replaced, and the deepstack features, one (M, H) each.
+        """
+        if visual.pixel_values is None and past_length:
+            return inputs_embeds, None, []  # a decoding step: what it sampled is text, whatever the token
+        if visual.metadata is None and visual.grid_thw is not None:
+            visual.metadata = self.visual.get_metadata(visual.grid_thw, f"{visual.name}_grid_thw")
+        if visual.token_indices is None:
+            mask = self._placeholder_mask(visual, input_ids, inputs_embeds)
+            visual.token_indices = mask.flatten().nonzero().squeeze(1)
+        visual.check(visual.token_indices.shape[0], self.visual.spatial_merge_size**2)
+        if visual.pixel_values is None:
+            return inputs_embeds, None, []
+        features = self.visual(visual.pixel_values.to(self.visual.dtype), metadata=visual.metadata)
+        token_indices = visual.token_indices.to(inputs_embeds.device, non_blocking=True)
+        inputs_embeds = put_at(inputs_embeds, token_indices, features.pooler_output)
+        return inputs_embeds, token_indices, features.deepstack_features
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        video_mask: torch.Tensor | None = None,
+        multimodal_metadata: dict | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """See `Qwen3VLMoeForConditionalGeneration.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        collated = multimodal_metadata is not None
+        if not collated and input_ids is not None and past_length == 0:
+            check_token_ids(input_ids, self.config.text_config.vocab_size)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        entries = multimodal_metadata or {}
+        visuals = (
+            VisualInput(
+                name, token_id, pixels, grid, mask, unpack_metadata(name, entries), entries.get(f"{name}_token_indices")
+            )
+            for name, token_id, pixels, grid, mask in (
+                ("image", self.config.image_token_id, pixel_values, image_grid_thw, image_mask),
+                ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw, video_mask),
+            )
+        )
+        token_indices, deepstack = [], []
+        # PATCH(lm-flash-kwargs): cu_seq_lens and max_length of the language model are not among what the ViT is given
+        for visual in visuals:
+            inputs_embeds, indices, features = self._fill_back(visual, input_ids, inputs_embeds, past_length)
+            if indices is not None:
+                token_indices.append(indices)
+                deepstack.append(features)
+
+        if position_ids is None:
+            position_ids = self.compute_3d_position_ids(
+                input_ids, inputs_embeds, image_grid_thw, video_grid_thw, attention_mask, past_length, mm_token_type_ids
+            )
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            visual_token_indices=torch.cat(token_indices) if token_indices else None,
+            deepstack_visual_embeds=[torch.cat(layer) for layer in zip(*deepstack, strict=True)],
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+        )
+
+
+def load_balancing_loss_func(
+    gate_logits: tuple[torch.Tensor, ...],
+    num_experts: int,
+    top_k: int,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Load-balancing loss E * sum_e f_e p_e over all layers at once (Switch Transformer, eq. 4 to 6; Fedus et al.,
+    2021).
+
+    f_e is the number of assignments to expert e per token (so f sums to top_k), p_e the mean router probability.
+
+    Args:
+        gate_logits: raw router logits, one (T, E) per MoE layer.
+        attention_mask: (B, S) with B*S = T, 0 at padding, which is left out of both means.
+
+    Returns:
+        A float32 scalar; top_k for perfectly even routing.
+    """
+    device = gate_logits[0].device
+    counts, probabilities = torch.zeros(2, num_experts, device=device).unbind(0)
+    keep = None if attention_mask is None else attention_mask.reshape(-1).to(device, torch.float32)
+    rows = gate_logits[0].shape[0] if keep is None else keep.sum()
+    for logits in gate_logits:
+        routing = logits.softmax(-1, dtype=torch.float32)  # (T, E)
+        chosen = routing.topk(top_k, dim=-1).indices  # (T, K)
+        weight = torch.ones_like(chosen, dtype=torch.float32) if keep is None else keep[:, None].expand_as(chosen)
+        counts = counts.scatter_add(0, chosen.flatten(), weight.flatten())
+        probabilities = probabilities + (routing if keep is None else routing * keep[:, None]).sum(0)
+    total = rows * len(gate_logits)
+    return num_experts * (counts / total * (probabilities / total)).sum()
+
+
+def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """(B, S) labels moved left by one, so that position i holds the token that follows it; the last is ignored."""
+    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTrainedModel):
+    """Qwen3-VL-MoE with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    accepts_loss_kwargs = True  # a trainer's num_items_in_batch is the divisor of the loss
+
+    def __init__(self, config: Qwen3VLMoeConfig) -> None:
+        super().__init__(config)
+        self.model = Qwen3VLMoeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithDeepstackFeatures:
+        """See `Qwen3VLMoeModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithDeepstackFeatures:
+        """See `Qwen3VLMoeModel.get_image_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def get_position_id_func(self) -> Callable[..., dict[str, torch.Tensor]]:
+        """A picklable function for data workers; see `position_ids.make_position_id_func`."""
+        return make_position_id_func(self.config.vision_config.spatial_merge_size)
+
+    def get_metadata_collate_func(self) -> Callable[[dict, dict[str, int]], None]:
+        """A picklable function for the collator; see `vision_metadata.collate_vision_metadata`."""
+        vision = self.config.vision_config
+        return make_metadata_collate_func(vision.num_position_embeddings, vision.spatial_merge_size)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        labels_shifted: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """One forward pass.
+
+        Args:
+            input_ids: (B, S) int64, or inputs_embeds (B, S, H).
+            attention_mask: (B, past + S), 0 at padding on either side. Packed batches are told apart by cu_seq_lens_q.
+            position_ids: (3, B, S); (B, S), (4, B, S) and a collator's (B, 3, S) are understood; computed when None.
+            pixel_values, pixel_values_videos: (P, C * T * patch * patch), with image_grid_thw, video_grid_thw (n, 3).
+            mm_token_type_ids: (B, S) from the processor; derived from the token ids when None.
+            image_mask, video_mask: (B, S) bool, where the features go, when input_ids no longer tell.
+            cu_seq_lens_q, max_length_q: boundaries (segments + 1,) int32 of samples packed into one row, and the
+                longest.
+            multimodal_metadata: from the collator; without it the forward works it out.
+            labels: (B, S), -100 ignored; position i is the token at i, or the one after it with labels_shifted.
+            num_items_in_batch: divisor of the summed loss; None divides by this batch's number of valid labels.
+            logits_to_keep: logits for the last n positions only, or for the given indices; 0 keeps all.
+            output_router_logits: return raw router logits and the load-balancing loss, which joins the loss.
+
+        Returns:
+            In training mode with labels: the loss, and no logits (they are never held at once). Otherwise logits
+            (B, S, V), and the loss with labels.
+
+        Raises:
+            ValueError: inputs that do not fit together; the message says what came and what was expected.
+        """
+        text_config = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = text_config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, S, H)
+
+        loss, logits = None, None
+        if labels is not None:
+            if labels.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}, expected the tokens' {tuple(hidden_states.shape[:2])}."
+                )
+            targets = labels if labels_shifted else shift_labels(labels)
+        if labels is not None and self.training:
+            loss = linear_cross_entropy(
+                hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), num_items=num_items_in_batch
+            )
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep])
+            if labels is not None:
+                loss = full_logits_loss(logits, targets[:, keep], num_items_in_batch)
+
+        aux_loss = None
+        if output_router_logits and outputs.router_logits:
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
+            )
+            if loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+def full_logits_loss(
+    logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+) -> torch.Tensor:
+    """Cross-entropy of logits (B, S, V) in float32 against aligned targets (B, S); the reference of the chunked
+    loss."""
+    logits, targets = logits.float().flatten(0, 1), targets.flatten().to(logits.device)
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits, targets)
+    return F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+
+Qwen3VLMoeForCausalLM = Qwen3VLMoeForConditionalGeneration
+
+__all__ = [
+    "Qwen3VLMoeForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3VLMoeModel",
+    "Qwen3VLMoePreTrainedModel",
+    "Qwen3VLMoeTextModel",
+    "Qwen3VLMoeVisionModel",
+]
