@@ -1,6 +1,6 @@
-"""What a forward is given, brought into one form and checked: positions, masks, token ids, images against placeholders.
+"""What a forward is given, brought into one form and checked: positions, masks, packing, images against placeholders.
 
-Every check compares shapes or CPU values, but for `check_token_ids`, which says when it may be called.
+Every check compares shapes and CPU values: none waits for the device.
 """
 
 from dataclasses import dataclass
@@ -8,19 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from modeling.qwen3_vl_moe.vision_metadata import VisionMetadata
-
-
-def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise a ValueError for token ids outside the vocabulary. Waits for the device: not for batches from the collator,
-    whose ids it has checked on the CPU."""
-    if input_ids.numel() == 0 or input_ids.device.type == "meta":
-        return
-    low, high = torch.stack(input_ids.aminmax()).tolist()
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"input_ids run from {low} to {high}, but the vocabulary has ids 0 to {vocab_size - 1}. Use this model's "
-            "own tokenizer; placeholders such as -200 and -300 are for position_id_func and must be replaced before."
-        )
 
 
 def normalize_position_ids(

@@ -53,13 +53,13 @@ from modeling.qwen3_vl_moe.inputs import (
     VisualInput,
     check_attention_mask,
     check_packing,
-    check_token_ids,
     normalize_position_ids,
 )
 from modeling.qwen3_vl_moe.position_ids import get_rope_index, make_position_id_func
 from modeling.qwen3_vl_moe.pretrained import LayoutAwareModel
 from modeling.qwen3_vl_moe.vision_metadata import (
     VisionMetadata,
+    check_token_ids,
     make_metadata_collate_func,
     unpack_metadata,
     vision_metadata,
@@ -936,6 +936,13 @@ def load_balancing_loss_func(
     return num_experts * (counts / total * (probabilities / total)).sum()
 
 
+def mask_tail(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, length: int) -> torch.Tensor:
+    """attention_mask (B, S), all ones when None, with its last `length` columns zero."""
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+    return F.pad(attention_mask[:, :-length], (0, length))
+
+
 def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """(B, S) labels moved left by one, so that position i holds the token that follows it; the last is ignored."""
     return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
@@ -978,7 +985,8 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
     def get_metadata_collate_func(self) -> Callable[[dict, dict[str, int]], None]:
         """A picklable function for the collator; see `vision_metadata.collate_vision_metadata`."""
         vision = self.config.vision_config
-        return make_metadata_collate_func(vision.num_position_embeddings, vision.spatial_merge_size)
+        vocab_size = self.config.text_config.vocab_size
+        return make_metadata_collate_func(vision.num_position_embeddings, vision.spatial_merge_size, vocab_size)
 
     @can_return_tuple
     def forward(
@@ -998,6 +1006,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
         num_items_in_batch: int | torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
+        tail_padding_length: int = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """One forward pass.
@@ -1016,6 +1025,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
             num_items_in_batch: divisor of the summed loss; None divides by this batch's number of valid labels.
             logits_to_keep: logits for the last n positions only, or for the given indices; 0 keeps all.
             output_router_logits: return raw router logits and the load-balancing loss, which joins the loss.
+            tail_padding_length: tokens at the end of a packed row that are padding (the collator's count).
 
         Returns:
             In training mode with labels: the loss, and no logits (they are never held at once). Otherwise logits
@@ -1062,6 +1072,8 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
 
         aux_loss = None
         if output_router_logits and outputs.router_logits:
+            if tail_padding_length:
+                attention_mask = mask_tail(attention_mask, hidden_states, tail_padding_length)
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
             )

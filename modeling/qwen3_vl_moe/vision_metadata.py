@@ -157,14 +157,33 @@ def _token_entries(modality: str, mask: torch.Tensor, slice_length: int) -> dict
     return {f"{modality}_token_indices": flat.nonzero().squeeze(1), f"{modality}_token_counts": counts}
 
 
-def collate_vision_metadata(batch: dict[str, Any], sp_pad: dict[str, int], *, table_side: int, merge: int) -> None:
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise a ValueError for token ids outside the vocabulary. Waits for the device, so the collator calls it on the CPU
+    and the model only for batches that do not come from there."""
+    if input_ids.numel() == 0 or input_ids.device.type == "meta":
+        return
+    low, high = torch.stack(input_ids.aminmax()).tolist()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids run from {low} to {high}, but the vocabulary has ids 0 to {vocab_size - 1}. Use this model's "
+            "own tokenizer; placeholders such as -200 and -300 are for position_id_func and must be replaced before."
+        )
+
+
+def collate_vision_metadata(
+    batch: dict[str, Any], sp_pad: dict[str, int], *, table_side: int, merge: int, vocab_size: int
+) -> None:
     """Write `batch["multimodal_metadata"]`: everything the forward would otherwise ask the GPU for.
 
     Args:
         batch: a packed, padded and sliced batch, changed in place. Reads input_ids (1, s), image_mask and video_mask
             (1, S) and the grids.
         sp_pad: patches that were appended to pixel_values and pixel_values_videos (VeOmni's interface).
+
+    Raises:
+        ValueError: grids or token ids that the model cannot take.
     """
+    check_token_ids(batch["input_ids"], vocab_size)
     entries: dict[str, Any] = {}
     for modality, grid_key, pixel_key in MODALITIES:
         grid_thw = batch.get(grid_key)
@@ -179,7 +198,8 @@ def collate_vision_metadata(batch: dict[str, Any], sp_pad: dict[str, int], *, ta
 
 
 def make_metadata_collate_func(
-    num_position_embeddings: int, spatial_merge_size: int
+    num_position_embeddings: int, spatial_merge_size: int, vocab_size: int
 ) -> Callable[[dict[str, Any], dict[str, int]], None]:
     """`collate_vision_metadata` bound to a model's numbers: picklable, for the collator."""
-    return partial(collate_vision_metadata, table_side=int(num_position_embeddings**0.5), merge=spatial_merge_size)
+    table_side = int(num_position_embeddings**0.5)
+    return partial(collate_vision_metadata, table_side=table_side, merge=spatial_merge_size, vocab_size=vocab_size)
