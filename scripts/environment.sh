@@ -32,7 +32,7 @@ install() {
   echo "$key" >"$stamp"
 }
 
-prefix=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+prefix=${VIRTUAL_ENV:-}
 if [[ -z $prefix ]]; then
   prefix=$PWD/.venv
   if [[ ! -x $prefix/bin/python ]]; then

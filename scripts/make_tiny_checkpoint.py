@@ -101,17 +101,20 @@ GENERATION_CONFIG: dict[str, Any] = {
 # First match wins: (name, mean, standard deviation, whether that is divided by the square root of the fan-in).
 INITIALIZERS: tuple[tuple[str, float, float, bool], ...] = (
     (r"\.bias$", 0.0, 0.1, False),
-    (r"self_attn\.[qk]_norm\.weight$", 1.4, 0.1, False),  # attention neither uniform nor one-hot
+    (r"self_attn\.[qk]_norm\.weight$", 1.2, 0.1, False),  # attention neither uniform nor one-hot
     (r"norm\d?\.weight$", 1.0, 0.1, False),
     (r"embed_tokens\.weight$", 0.0, 1.0, False),
     (r"pos_embed\.weight$", 0.0, 0.5, False),
     (r"lm_head\.weight$", 0.0, 2.5, True),
     (r"mlp\.gate\.weight$", 0.0, 1.5, True),  # the router
-    (r"patch_embed\.proj\.weight$", 0.0, 2.0, True),
-    (r"(o_proj|attn\.proj)\.weight$", 0.0, 0.8, True),
-    (r"experts\.down_proj$", 0.0, 1.4, True),
-    (r"mlp\.(down_proj|linear_fc2)\.weight$", 0.0, 1.0, True),
-    (r"deepstack_merger_list\.\d+\.linear_fc2\.weight$", 0.0, 0.7, True),
+    (r"patch_embed\.proj\.weight$", 0.0, 1.5, True),
+    # What a block adds to the residual stream: enough to matter, little enough that rounding is not amplified.
+    (r"(o_proj|attn\.proj)\.weight$", 0.0, 0.5, True),
+    (r"experts\.down_proj$", 0.0, 1.0, True),
+    (r"mlp\.down_proj\.weight$", 0.0, 0.7, True),
+    (r"mlp\.linear_fc2\.weight$", 0.0, 0.7, True),
+    (r"deepstack_merger_list\.\d+\.linear_fc2\.weight$", 0.0, 0.5, True),
+    (r"\.merger\.linear_fc2\.weight$", 0.0, 1.4, True),
     (r"", 0.0, 1.0, True),
 )
 
