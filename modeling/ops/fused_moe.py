@@ -73,7 +73,7 @@ def fused_moe_forward(
         out_dtype = hidden_states.dtype
     _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     if backend is None:
-        backend = default_backend(hidden_states.device, hidden_states.dtype)
+        backend = default_backend(hidden_states.device, hidden_states.dtype, *down_proj.shape[1:])
     if backend == "eager":
         if ep_group is not None:
             raise ValueError(
@@ -110,14 +110,16 @@ def eager_experts(
 
 
 @functools.cache
-def default_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """The fastest backend that runs on `device` in `dtype`. Decided and logged once per pair."""
-    backend, why = _choose_backend(device, dtype)
+def default_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int) -> str:
+    """The fastest backend that runs experts of this size on `device` in `dtype`. Decided and logged once for each."""
+    backend, why = _choose_backend(device, dtype, hidden_size, intermediate_size)
     logger.info("expert backend on %s in %s: %s (%s)", device, dtype, backend, why)
     return backend
 
 
-def _choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _choose_backend(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int
+) -> tuple[str, str]:
     if device.type != "cuda":
         return "grouped_mm", "quack needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -125,6 +127,8 @@ def _choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     major, minor = torch.cuda.get_device_capability(device)
     if major < 9:
         return "grouped_mm", f"quack needs compute capability 9.0 (Hopper), this is {major}.{minor}"
+    if hidden_size % 8 or intermediate_size % 8:
+        return "grouped_mm", f"quack needs widths divisible by 8, these are {hidden_size} and {intermediate_size}"
     if importlib.util.find_spec("quack") is None:
         return "grouped_mm", "quack-kernels is not installed; pip install 'qwen3-vl-moe-veomni[hopper]'"
     return "quack", "Hopper or newer with quack-kernels installed"
@@ -134,7 +138,7 @@ def _backend_module(backend: str) -> ModuleType:
     if backend == "grouped_mm":
         return moe_grouped
     if backend == "quack":
-        from modeling.ops import moe_quack
+        from modeling.ops import moe_quack  # quack-kernels is an optional dependency
 
         return moe_quack
     raise ValueError(f"unknown expert backend {backend!r}; choose one of {', '.join(BACKENDS)}")

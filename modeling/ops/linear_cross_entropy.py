@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from modeling.ops.vocab_softmax import logits_gradient_, row_statistics
+from modeling.ops.vocab_softmax import logits_gradient_, row_statistics, statistics_and_gradient_
 
 IGNORE_INDEX = -100
 CHUNK_SIZE = 2048
@@ -108,8 +108,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             # Second backward through a retained graph: the first one gave its tensors away.
+            hidden, weight, labels, scale = ctx.saved_tensors
+            need_hidden, need_weight = ctx.needs_input_grad[:2]
             _, *gradients = _loss_and_gradients(
-                *ctx.saved_tensors, ctx.ignore_index, ctx.chunk_size, *ctx.needs_input_grad[:2]
+                hidden, weight, labels, scale, ctx.ignore_index, ctx.chunk_size, need_hidden, need_weight
             )
         else:
             gradients, ctx.gradients = ctx.gradients, None
@@ -136,14 +138,16 @@ def _loss_and_gradients(
         chunk = slice(begin, begin + chunk_size)
         target = labels[chunk]
         logits = hidden[chunk] @ weight.T  # (C, V)
-        log_sum, label_logit, _ = row_statistics(logits, target, ignore_index)
-        loss -= (label_logit - log_sum).where(target != ignore_index, 0).sum()
         if need_hidden or need_weight:
-            d_logits = logits_gradient_(logits, target, log_sum, -scale.expand_as(log_sum), ignore_index)
+            d_log_prob = (-scale).expand(target.shape[0]).contiguous()
+            log_sum, label_logit = statistics_and_gradient_(logits, target, d_log_prob, ignore_index)
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[chunk])
+                torch.mm(logits, weight, out=d_hidden[chunk])
             if d_weight is not None:
-                _add_product_(d_weight, d_logits.T, hidden[chunk])
+                _add_product_(d_weight, logits.T, hidden[chunk])
+        else:
+            log_sum, label_logit, _ = row_statistics(logits, target, ignore_index)
+        loss -= (label_logit - log_sum).where(target != ignore_index, 0).sum()
         del logits
     return loss * scale, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
 

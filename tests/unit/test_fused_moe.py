@@ -1,0 +1,370 @@
+"""The expert layer: every backend against upstream's own loop, edge cases, what is kept, what is refused."""
+
+import importlib.util
+import logging
+import multiprocessing
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from modeling.ops import fused_moe, moe_pointwise
+from modeling.ops.fused_moe import default_backend, fused_moe_forward
+from modeling.ops.moe_routing import route_by_expert
+
+# (T, H, I, E, K), all distinct. The second has widths that are no multiple of 16 bytes: grouped_mm cannot take it.
+SHAPES = [(37, 24, 20, 7, 3), (37, 22, 10, 7, 3)]
+ROUTES = ["random", "skewed", "one expert", "duplicates"]
+NAMES = ("output", "hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0))
+    or importlib.util.find_spec("quack") is None,
+    reason="needs a Hopper GPU and quack-kernels",
+)
+GPU_BACKENDS = [
+    pytest.param("grouped_mm", marks=[pytest.mark.gpu, needs_gpu]),
+    pytest.param("quack", marks=[pytest.mark.gpu, needs_gpu, needs_hopper]),
+]
+
+
+def choose(kind: str, tokens: int, experts: int, top_k: int) -> torch.Tensor:
+    """(T, K) expert choices; "random" leaves the last expert empty, "duplicates" repeats an expert within a token."""
+    if kind == "one expert":
+        return torch.full((tokens, top_k), 2)
+    if kind == "duplicates":
+        return torch.randint(0, experts, (tokens, 1)).expand(-1, top_k).contiguous()
+    likelihood = torch.rand(tokens, experts)
+    if kind == "skewed":
+        likelihood = likelihood * torch.arange(1, experts + 1) ** -1.0
+    likelihood[:, -1] = 0
+    return likelihood.topk(top_k, dim=-1).indices
+
+
+def make_inputs(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[torch.Tensor]:
+    """hidden_states, top_k_weights (fp32), gate_up_proj, down_proj, scaled so that no step is degenerate."""
+    tokens, hidden, intermediate, experts, top_k = shape
+    weights = torch.rand(tokens, top_k) + 0.1
+    tensors = [
+        torch.randn(tokens, hidden).to(dtype),
+        # Values that bf16 holds exactly, so that upstream's bf16 path does not lose at the start.
+        (weights / weights.sum(-1, keepdim=True)).bfloat16().float(),
+        (torch.randn(experts, 2 * intermediate, hidden) * hidden**-0.5).to(dtype),
+        (torch.randn(experts, hidden, intermediate) * intermediate**-0.5).to(dtype),
+    ]
+    return [t.to(device) for t in tensors]
+
+
+def run(
+    inputs: list[torch.Tensor], index: torch.Tensor, gradient: torch.Tensor, backend: str | None
+) -> list[torch.Tensor]:
+    """Output and the four gradients."""
+    x, w, gate_up, down = leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = fused_moe_forward(x, index, w, gate_up, down, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+
+def run_upstream(inputs: list[torch.Tensor], index: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+    """The same from upstream transformers' eager experts, routing weights in the dtype its model gives them."""
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
+
+    x, w, gate_up, down = (t.detach().clone().requires_grad_() for t in inputs)
+    config = Qwen3VLMoeTextConfig(
+        hidden_size=down.shape[1],
+        moe_intermediate_size=down.shape[2],
+        num_experts=down.shape[0],
+        num_experts_per_tok=index.shape[1],
+    )
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        experts = Qwen3VLMoeTextExperts(config)
+    experts.gate_up_proj, experts.down_proj = torch.nn.Parameter(gate_up), torch.nn.Parameter(down)
+    out = experts(x, index, w.to(x.dtype))
+    return [out.detach(), *torch.autograd.grad(out, [x, w, experts.gate_up_proj, experts.down_proj], gradient)]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def assert_equal_to_rounding(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    # fp32 sums of some tens of terms in another order: 1e-7 in practice. The bounds are the project's for the model.
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, name
+        assert relative(a, b) <= (2e-6 if name == "output" else 5e-6), f"{name}: {relative(a, b):.1e}"
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("shape", SHAPES, ids=["aligned", "unaligned"])
+def test_fp32_equals_upstream(shape: tuple[int, int, int, int, int], routes: str, backend: str) -> None:
+    torch.manual_seed(0)
+    tokens, hidden, _, experts, top_k = shape
+    inputs, index, gradient = make_inputs(shape), choose(routes, tokens, experts, top_k), torch.randn(tokens, hidden)
+    assert_equal_to_rounding(run(inputs, index, gradient, backend), run_upstream(inputs, index, gradient))
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_token_and_one_token(tokens: int, backend: str) -> None:
+    torch.manual_seed(0)
+    inputs = make_inputs((tokens, *SHAPES[0][1:]))
+    index, gradient = choose("random", tokens, 7, 3), torch.randn(tokens, 24)
+    got = run(inputs, index, gradient, backend)
+    if tokens:
+        assert_equal_to_rounding(got, run_upstream(inputs, index, gradient))
+    else:
+        assert got[0].shape == (0, 24)
+        assert all(not g.any() for g in got[1:])
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
+def test_experts_without_tokens_get_zeros(backend: str) -> None:
+    torch.manual_seed(0)
+    inputs = make_inputs(SHAPES[0])
+    _, _, _, d_gate_up, d_down = run(inputs, choose("one expert", 37, 7, 3), torch.randn(37, 24), backend)
+    for gradient in (d_gate_up, d_down):
+        used = gradient.flatten(1).norm(dim=1) > 0
+        assert used.tolist() == [expert == 2 for expert in range(7)]
+
+
+@pytest.mark.parametrize("frozen", range(4), ids=NAMES[1:])
+def test_frozen_inputs_get_no_gradient_and_change_none(frozen: int) -> None:
+    torch.manual_seed(0)
+    inputs, index, gradient = make_inputs(SHAPES[0]), choose("random", 37, 7, 3), torch.randn(37, 24)
+    expected = run(inputs, index, gradient, "grouped_mm")[1:]
+    x, w, gate_up, down = leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(inputs)]
+    fused_moe_forward(x, index, w, gate_up, down, backend="grouped_mm").backward(gradient)
+    for i, leaf in enumerate(leaves):
+        if i == frozen:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, expected[i], rtol=0, atol=0)
+
+
+def test_strided_inputs_and_gradient() -> None:
+    torch.manual_seed(0)
+    inputs, index, gradient = make_inputs(SHAPES[0]), choose("random", 37, 7, 3), torch.randn(24, 37).t()
+    expected = run(inputs, index, gradient.contiguous(), "grouped_mm")
+    wide = torch.randn(37, 60)
+    wide[:, 5:53:2] = inputs[0]
+    x = wide[:, 5:53:2].requires_grad_()
+    w = inputs[1].t().contiguous().t().requires_grad_()
+    strided_index = index.t().contiguous().t()
+    gate_up, down = inputs[2].clone().requires_grad_(), inputs[3].clone().requires_grad_()
+    before = gradient.clone()
+    out = fused_moe_forward(x, strided_index, w, gate_up, down, backend="grouped_mm")
+    got = [out.detach(), *torch.autograd.grad(out, [x, w, gate_up, down], gradient)]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(gradient, before, rtol=0, atol=0)  # an incoming gradient is never written to
+
+
+def test_recompute_and_a_second_run_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    inputs, index, gradient = make_inputs(SHAPES[0]), choose("skewed", 37, 7, 3), torch.randn(37, 24)
+    expected = run(inputs, index, gradient, "grouped_mm")
+    again = run(inputs, index, gradient, "grouped_mm")
+    x, w, gate_up, down = leaves = [t.clone().requires_grad_() for t in inputs]
+    out = checkpoint(fused_moe_forward, x, index, w, gate_up, down, backend="grouped_mm", use_reentrant=False)
+    recomputed = [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+    for a, b, c in zip(expected, again, recomputed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, c, rtol=0, atol=0)
+
+
+def test_keeps_only_input_and_pre_activation() -> None:
+    tokens, hidden, intermediate, experts, top_k = shape = (96, 64, 48, 7, 3)
+    x, w, gate_up, down = (t.requires_grad_() for t in make_inputs(shape))
+    parameters = {gate_up.data_ptr(), down.data_ptr()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        fused_moe_forward(x, choose("random", tokens, experts, top_k), w, gate_up, down, backend="grouped_mm")
+    assert sum(kept.values()) == tokens * hidden + tokens * top_k * 2 * intermediate + tokens * top_k
+
+
+def test_bf16_error_is_no_larger_than_upstreams() -> None:
+    torch.manual_seed(0)
+    shape = (64, 96, 80, 8, 3)
+    inputs, index = make_inputs(shape, torch.bfloat16), choose("random", 64, 8, 3)
+    gradient = torch.randn(64, 96).bfloat16()
+    exact = run([t.double() for t in inputs], index, gradient.double(), "eager")
+    ours, theirs = run(inputs, index, gradient, "grouped_mm"), run_upstream(inputs, index, gradient)
+    for name, a, b, reference in zip(NAMES, ours, theirs, exact, strict=True):
+        assert relative(a, reference) <= 1.1 * relative(b, reference), name
+
+
+def test_autocast_computes_in_its_dtype_and_returns_the_callers() -> None:
+    torch.manual_seed(0)
+    inputs, index, gradient = make_inputs(SHAPES[0]), choose("random", 37, 7, 3), torch.randn(37, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(inputs, index, gradient, "grouped_mm")
+    assert all(t.dtype == torch.float32 for t in got)
+    exact = run(inputs, index, gradient, "eager")
+    # bf16 operands: 2^-9 a factor, a few factors deep.
+    assert all(1e-4 < relative(a, b) < 2e-2 for a, b in zip(got, exact, strict=True))
+
+
+def test_routing_sorts_by_expert_and_keeps_token_order() -> None:
+    torch.manual_seed(0)
+    index = torch.randint(0, 5, (11, 3))
+    routing = route_by_expert(index, 6)
+    experts = index.flatten()[routing.route.long()]
+    assert experts.tolist() == sorted(index.flatten().tolist())
+    assert routing.offsets.tolist() == [int((index < expert).sum()) for expert in range(7)]
+    for expert in range(6):
+        rows = routing.route[routing.offsets[expert] : routing.offsets[expert + 1]]
+        assert rows.tolist() == sorted(rows.tolist())
+    assert torch.equal(routing.token, routing.route // 3)
+    assert torch.equal(routing.route[routing.position.flatten().long()], torch.arange(33, dtype=torch.int32))
+
+
+def test_wrong_input_is_refused_with_both_numbers() -> None:
+    x, w, gate_up, down = make_inputs(SHAPES[0])
+    index = choose("random", 37, 7, 3)
+    wrong = [
+        ((x[None], index, w, gate_up, down), r"\(T, H\), got \(1, 37, 24\)"),
+        ((x, index[:5], w, gate_up, down), r"\(T=37, K\), got \(5, 3\)"),
+        ((x, index, torch.zeros(37, 7), gate_up, down), r"compact top-k"),
+        ((x, index, w, gate_up.transpose(1, 2), down), r"\(E, 2I, H=24\), got \(7, 24, 40\)"),
+        ((x, index, w, gate_up, down.transpose(1, 2)), r"\(E=7, H=24, I=20\).*got \(7, 20, 24\)"),
+        ((x.bfloat16(), index, w, gate_up, down), r"bfloat16.*float32"),
+        ((x, index + 4, w, gate_up, down), r"\[0, 7\), got values from 4 to"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            fused_moe_forward(*arguments, backend="grouped_mm")
+    with pytest.raises(ValueError, match="unknown expert backend 'cutlass'"):
+        fused_moe_forward(x, index, w, gate_up, down, backend="cutlass")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "sizes", "capability", "installed", "backend", "why"),
+    [
+        ("cpu", torch.bfloat16, (64, 32), None, True, "grouped_mm", "CUDA device"),
+        ("cuda", torch.float32, (64, 32), (9, 0), True, "grouped_mm", "16 bits"),
+        ("cuda", torch.bfloat16, (64, 32), (8, 0), True, "grouped_mm", "8.0"),
+        ("cuda", torch.bfloat16, (64, 30), (9, 0), True, "grouped_mm", "64 and 30"),
+        ("cuda", torch.bfloat16, (64, 32), (9, 0), False, "grouped_mm", "not installed"),
+        ("cuda", torch.bfloat16, (64, 32), (9, 0), True, "quack", "Hopper"),
+    ],
+)
+def test_default_backend_is_chosen_once_and_says_why(
+    device: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    capability: tuple[int, int] | None,
+    installed: bool,
+    backend: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    default_backend.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fused_moe.importlib.util, "find_spec", lambda name: object() if installed else None)
+    with caplog.at_level(logging.INFO, logger=fused_moe.__name__):
+        assert [default_backend(torch.device(device), dtype, *sizes) for _ in range(3)] == [backend] * 3
+    default_backend.cache_clear()
+    assert len(caplog.messages) == 1 and backend in caplog.messages[0] and why in caplog.messages[0]
+
+
+def check_triton_kernels() -> None:
+    from modeling.ops import moe_triton
+
+    torch.manual_seed(0)
+    rows, intermediate, tokens, top_k, hidden = 35, 300, 5, 7, 1100  # no multiple of any block
+    pre, d_act, weight = torch.randn(rows, 2 * intermediate), torch.randn(rows, intermediate), torch.rand(rows)
+    torch.testing.assert_close(moe_triton.swiglu(pre), moe_pointwise.swiglu_reference(pre))
+    expected = moe_pointwise.swiglu_backward_reference(d_act, pre, weight)
+    torch.testing.assert_close(moe_triton.swiglu_backward(d_act, pre, weight), expected)
+    alternate = torch.stack(pre.chunk(2, -1), -1).flatten(1)
+    d_alternate, *rest = moe_triton.swiglu_backward(d_act, alternate, weight, interleaved=True)
+    torch.testing.assert_close(torch.cat([d_alternate[:, ::2], d_alternate[:, 1::2]], -1), expected[0])
+    torch.testing.assert_close(rest, list(expected[1:]))
+    values, position = torch.randn(rows, hidden), torch.randperm(rows).view(tokens, top_k).int()
+    for w in (torch.rand(tokens, top_k), None):
+        reference = moe_pointwise.gather_sum_reference(values, position, w)
+        torch.testing.assert_close(moe_triton.gather_sum(values, position, w), reference)
+
+
+def test_triton_kernels_equal_their_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, because Triton decides at import whether to interpret kernels on the CPU."""
+    pytest.importorskip("triton", reason="needs triton, whose interpreter runs the kernels without a GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(check_triton_kernels)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+GPU_SHAPE = (333, 256, 96, 16, 4)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("tokens", [1, 333])
+def test_gpu_error_against_fp64_is_no_larger_than_upstreams(tokens: int, routes: str, backend: str) -> None:
+    torch.manual_seed(0)
+    shape = (tokens, *GPU_SHAPE[1:])
+    inputs, index = make_inputs(shape, torch.bfloat16, "cuda"), choose(routes, tokens, 16, 4).cuda()
+    gradient = torch.randn(tokens, 256, device="cuda").bfloat16()
+    exact = run([t.double() for t in inputs], index, gradient.double(), "eager")
+    ours, theirs = run(inputs, index, gradient, backend), run_upstream(inputs, index, gradient)
+    for name, a, b, reference in zip(NAMES, ours, theirs, exact, strict=True):
+        assert relative(a, reference) <= 1.1 * relative(b, reference), name
+    for a, b in zip(ours, run(inputs, index, gradient, backend), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_gpu_never_waits_for_the_host(backend: str) -> None:
+    torch.manual_seed(0)
+    inputs, index = make_inputs(GPU_SHAPE, torch.bfloat16, "cuda"), choose("skewed", 333, 16, 4).cuda()
+    gradient = torch.randn(333, 256, device="cuda").bfloat16()
+    run(inputs, index, gradient, backend)  # kernels compile
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(inputs, index, gradient, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("frozen", [*range(4), None], ids=[*NAMES[1:], "none"])
+def test_gpu_frozen_strided_recomputed(frozen: int | None, backend: str) -> None:
+    torch.manual_seed(0)
+    inputs, index = make_inputs(GPU_SHAPE, torch.bfloat16, "cuda"), choose("random", 333, 16, 4).cuda()
+    gradient = torch.randn(256, 333, device="cuda").bfloat16().t()
+    expected = run(inputs, index, gradient.contiguous(), backend)
+    inputs[0] = torch.cat([inputs[0], inputs[0]], dim=-1)[:, 256:]  # a view with a row stride of its own
+    leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(inputs)]
+    x, w, gate_up, down = leaves
+    out = checkpoint(fused_moe_forward, x, index, w, gate_up, down, backend=backend, use_reentrant=False)
+    out.backward(gradient)
+    torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
+    for i, leaf in enumerate(leaves):
+        if i == frozen:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, expected[i + 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_gpu_without_tokens(backend: str) -> None:
+    inputs = make_inputs((0, *GPU_SHAPE[1:]), torch.bfloat16, "cuda")
+    index = torch.empty(0, 4, dtype=torch.int64, device="cuda")
+    got = run(inputs, index, torch.empty(0, 256, dtype=torch.bfloat16, device="cuda"), backend)
+    assert got[0].shape == (0, 256)
+    assert all(not g.any() for g in got[1:])
