@@ -59,11 +59,14 @@ def merge_order(h: int, w: int, merge: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _axis_interpolation(length: int, table_side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Neighbours and fraction of `length` points spread over the table's side, corners aligned (Qwen3-VL's
-    resampling)."""
-    points = torch.linspace(0, table_side - 1, length)
-    low = points.long()
-    return low, (low + 1).clamp(max=table_side - 1), points - low
+    """Neighbours and fraction of `length` points spread over the table's side, corners aligned (Qwen3-VL's resampling).
+
+    Point i lies at i * (side - 1) / (length - 1). In integers, so that the fraction carries no rounding of the
+    position.
+    """
+    numerator, denominator = torch.arange(length) * (table_side - 1), max(length - 1, 1)
+    low = numerator // denominator
+    return low, (low + 1).clamp(max=table_side - 1), (numerator % denominator) / denominator
 
 
 def _frame_interpolation(h: int, w: int, table_side: int, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +113,7 @@ def vision_metadata(
         raise ValueError(f"{name} must have shape (n, 3), one row of (t, h, w) per image; got {tuple(grid_thw.shape)}.")
     grids = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
     check_grid(grids, merge, name)
+    # PATCH(vit-sp-cu-seqlens): one more entry covers the padded tail; the boundaries are extended, never sliced
     segments = [h * w for t, h, w in grids for _ in range(t)] + ([padding] if padding else [])
     cu_seqlens = torch.zeros(len(segments) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.tensor(segments).cumsum(0)
@@ -158,8 +162,8 @@ def _token_entries(modality: str, mask: torch.Tensor, slice_length: int) -> dict
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise a ValueError for token ids outside the vocabulary. Waits for the device, so the collator calls it on the CPU
-    and the model only for batches that do not come from there."""
+    """Raise a ValueError for token ids outside the vocabulary. Waits for the device, so the collator calls it on the
+    CPU and the model only for batches that do not come from there."""
     if input_ids.numel() == 0 or input_ids.device.type == "meta":
         return
     low, high = torch.stack(input_ids.aminmax()).tolist()
