@@ -60,6 +60,7 @@ class SequenceParallelCollator:
         cu_seq_lens_q, cu_seq_lens_k (samples + 1 or, with padding, + 2) int32; max_length_q, max_length_k int
         tail_padding_length int: how many of the S tokens, at the end, are padding
         num_valid_labels int: how many predictions of this rank's slice count
+        labels_shifted True, where they are
         multimodal_metadata dict, where there is a metadata function
 
     With sp_size > 1 labels are shifted before they are sliced: labels[t] is what token t predicts, and no rank needs
@@ -101,6 +102,7 @@ class SequenceParallelCollator:
                 batch[key] = pad_to(torch.cat(pieces, dim=-1), -1, whole, padding).unsqueeze(0)
         if "labels" in batch and self.sp_size > 1:
             batch["labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+            batch["labels_shifted"] = True
         for key in SLICED_KEYS:
             if key in batch:
                 batch[key] = self._slice(batch[key], -1)

@@ -41,7 +41,12 @@ class ParallelState:
     fsdp_grid: DeviceMesh | None = None
     ep_grid: DeviceMesh | None = None
     dp_group: dist.ProcessGroup | None = None
-    """The ranks that hold other samples at this rank's place in the sequence; None where there is one data rank."""
+    """The ranks that hold other samples at this rank's place in the sequence. A group of one rank is None."""
+    sp_group: dist.ProcessGroup | None = None
+    """The ranks that hold the other slices of this rank's samples."""
+    ep_group: dist.ProcessGroup | None = None
+    """The ranks that hold the other experts."""
+    world_group: dist.ProcessGroup | None = None
 
     @property
     def world_size(self) -> int:
@@ -94,18 +99,6 @@ class ParallelState:
     def fsdp_enabled(self) -> bool:
         """Whether parameters are shared with other ranks, so that every rank must run every module."""
         return self.world_size > 1
-
-    @property
-    def sp_group(self) -> dist.ProcessGroup | None:
-        return self.mesh["sp"].get_group() if self.mesh is not None and self.sp_enabled else None
-
-    @property
-    def ep_group(self) -> dist.ProcessGroup | None:
-        return self.ep_grid["ep"].get_group() if self.ep_grid is not None and self.ep_enabled else None
-
-    @property
-    def world_group(self) -> dist.ProcessGroup | None:
-        return dist.group.WORLD if self.world_size > 1 else None
 
     @property
     def fsdp_mesh(self) -> DeviceMesh | None:
@@ -199,8 +192,13 @@ def _build_state(sizes: dict[str, int], device_type: str) -> ParallelState:
     ep_grid = init_device_mesh(
         device_type, (replicate, shard * sp // ep, ep), mesh_dim_names=("dp_replicate", "ep_fsdp", "ep")
     )
-    dp_group = mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group() if replicate * shard > 1 else None
-    return ParallelState(replicate, shard, sp, ep, device_type, mesh, fsdp_grid, ep_grid, dp_group)
+    return ParallelState(
+        *(replicate, shard, sp, ep, device_type, mesh, fsdp_grid, ep_grid),
+        dp_group=mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group() if replicate * shard > 1 else None,
+        sp_group=mesh["sp"].get_group() if sp > 1 else None,
+        ep_group=ep_grid["ep"].get_group() if ep > 1 else None,
+        world_group=dist.group.WORLD if replicate * shard * sp > 1 else None,
+    )
 
 
 def set_parallel_state(state: ParallelState | None) -> None:

@@ -21,6 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from modeling.distributed.sequence_parallel import gather_heads_scatter_seq, gather_seq_scatter_heads, group_size
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -189,6 +192,24 @@ VARLEN_BACKENDS: dict[str, Callable] = {
 }
 
 
+def exchange_heads(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """From all heads of a slice to the whole sequence of this rank's heads: (t, N, D) each to (T, N / ranks, D).
+
+    The three travel together, in one exchange. Key/value heads are repeated only where there are fewer than ranks; a
+    rank's query heads find their own key heads among its own, because both are cut in order.
+
+    forward: all-to-all; backward: the all-to-all back, summed over the copies of a repeated head.
+    """
+    ranks = group_size(group)
+    if key.shape[1] < ranks:
+        copies = ranks // key.shape[1]
+        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+    heads = [x.shape[1] // ranks for x in (query, key, value)]
+    rows = torch.cat([x.unflatten(1, (ranks, -1)) for x in (query, key, value)], dim=2).flatten(1, 2)
+    query, key, value = gather_seq_scatter_heads(rows, seq_dim=0, head_dim=1, group=group).split(heads, dim=1)
+    return query, key, value
+
+
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -199,6 +220,7 @@ def varlen_attention(
     causal: bool,
     scale: float,
     implementation: str = "sdpa",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Self-attention inside each segment of packed rows.
 
@@ -210,9 +232,14 @@ def varlen_attention(
         causal: whether a row sees only rows before it in its segment.
         scale: factor on the scores, usually 1 / sqrt(D).
         implementation: the model's `attn_implementation`.
+        group: ranks that hold the other slices of the rows (Ulysses): query, key and value are then this rank's (t, N,
+            D), cu_seqlens and max_seqlen still describe all T rows, and each rank attends with its share of the heads.
 
     Returns:
-        (T, N, D), rows of one segment independent of every other segment, bit for bit.
+        (T, N, D), or (t, N, D) with a group; rows of one segment independent of every other segment, bit for bit.
     """
     backend = VARLEN_BACKENDS[select_varlen_backend(implementation, query.device, query.dtype)]
-    return backend(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale)
+    if group is not None and group_size(group) > 1:
+        query, key, value = exchange_heads(query, key, value, group)
+    out = backend(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale)
+    return gather_heads_scatter_seq(out, head_dim=1, seq_dim=0, group=group)

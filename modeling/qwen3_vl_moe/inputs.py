@@ -4,10 +4,11 @@ Every check compares shapes and CPU values: none waits for the device.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from modeling.qwen3_vl_moe.vision_metadata import VisionMetadata
+from modeling.qwen3_vl_moe.vision_metadata import VisionMetadata, unpack_metadata
 
 
 def normalize_position_ids(
@@ -73,6 +74,26 @@ class VisualInput:
     mask: torch.Tensor | None
     metadata: VisionMetadata | None
     token_indices: torch.Tensor | None
+    token_counts: list[int] | None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        token_id: int,
+        pixel_values: torch.Tensor | None,
+        grid_thw: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        entries: dict[str, Any],
+    ) -> "VisualInput":
+        """With what the collator worked out, where `entries` (multimodal_metadata) has it."""
+        indices, counts = entries.get(f"{name}_token_indices"), entries.get(f"{name}_token_counts")
+        return cls(name, token_id, pixel_values, grid_thw, mask, unpack_metadata(name, entries), indices, counts)
+
+    def slice_of(self, sp_rank: int) -> tuple[int, int]:
+        """Of the M tokens, in order, the first one in a rank's slice of the sequence, and how many are there."""
+        assert self.token_counts is not None
+        return sum(self.token_counts[:sp_rank]), self.token_counts[sp_rank]
 
     def check(self, num_tokens: int, merge_unit: int) -> None:
         """Raise a ValueError unless placeholders, pixels and grids describe the same images."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
@@ -37,8 +38,18 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_torch_npu_available
 
+from modeling.distributed.encoder_data_balance import EncoderDataBalancer
+from modeling.distributed.parallel_plan import ParallelPlan
+from modeling.distributed.parallel_state import ParallelState, get_parallel_state
+from modeling.distributed.sequence_parallel import (
+    gather_heads_scatter_seq,
+    gather_outputs,
+    gather_outputs_with_grad,
+    gather_seq_scatter_heads,
+    sp_pad_and_slice,
+)
 from modeling.ops.attention import varlen_attention
 from modeling.ops.fused_moe import fused_moe_forward
 from modeling.ops.linear_cross_entropy import linear_cross_entropy
@@ -55,13 +66,13 @@ from modeling.qwen3_vl_moe.inputs import (
     check_packing,
     normalize_position_ids,
 )
+from modeling.qwen3_vl_moe.parallel_plan import check_parallel_state, get_parallel_plan
 from modeling.qwen3_vl_moe.position_ids import get_rope_index, make_position_id_func
 from modeling.qwen3_vl_moe.pretrained import LayoutAwareModel
 from modeling.qwen3_vl_moe.vision_metadata import (
     VisionMetadata,
     check_token_ids,
     make_metadata_collate_func,
-    unpack_metadata,
     vision_metadata,
 )
 
@@ -165,9 +176,16 @@ class Qwen3VLMoeTextExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """(T, H), (T, K) int64, (T, K) float -> (T, H)."""
-        # PATCH(ep-fused-moe): compact top-k weights go straight to the kernel; the weights are read as they lie
+        # PATCH(ep-fused-moe): compact top-k weights go straight to the kernel; expert weights are read as they lie, and
+        # tokens travel to the rank that holds them
         return fused_moe_forward(
-            hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, backend=self.backend
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.gate_up_proj,
+            self.down_proj,
+            ep_group=get_parallel_state().ep_group,
+            backend=self.backend,
         )
 
 
@@ -251,6 +269,7 @@ class Qwen3VLMoeTextAttention(nn.Module):
         past_key_values: Cache | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int = 0,
+        sp_group: dist.ProcessGroup | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, S, H) -> (B, S, H) and the attention weights where the implementation has them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -259,13 +278,19 @@ class Qwen3VLMoeTextAttention(nn.Module):
         value = self.v_proj(hidden_states).view(heads)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
         if cu_seqlens is not None:
-            output, weights = self._packed(query, key, value, cu_seqlens, max_seqlen), None
+            output, weights = self._packed(query, key, value, cu_seqlens, max_seqlen, sp_group), None
         else:
             output, weights = self._masked(query, key, value, attention_mask, past_key_values)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        sp_group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         """One row of packed samples, each attending to itself: (1, S, N, D) -> (S, N, D)."""
         return varlen_attention(
@@ -277,6 +302,7 @@ class Qwen3VLMoeTextAttention(nn.Module):
             causal=True,
             scale=self.scaling,
             implementation=self.config._attn_implementation,
+            group=sp_group,
         )
 
     def _masked(
@@ -337,6 +363,7 @@ class Qwen3VLMoeTextDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int = 0,
+        sp_group: dist.ProcessGroup | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(B, S, H) -> (B, S, H), raw router logits (T, E) of a MoE layer, attention weights where there are any."""
         attended, attention_weights = self.self_attn(
@@ -346,6 +373,7 @@ class Qwen3VLMoeTextDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            sp_group=sp_group,
         )
         hidden_states = hidden_states + attended
         output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
@@ -428,9 +456,10 @@ class Qwen3VLMoeVisionAttention(nn.Module):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        sp_group: dist.ProcessGroup | None = None,
     ) -> torch.Tensor:
-        """(P, H_vit) -> (P, H_vit)."""
-        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P, N, D)
+        """(p, H_vit) -> (p, H_vit)."""
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (p, N, D)
         query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         attended = varlen_attention(
             query,
@@ -441,6 +470,7 @@ class Qwen3VLMoeVisionAttention(nn.Module):
             causal=False,
             scale=self.scaling,
             implementation=self.config._attn_implementation,
+            group=sp_group,
         )
         return self.proj(attended.flatten(1))
 
@@ -470,10 +500,11 @@ class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        sp_group: dist.ProcessGroup | None = None,
     ) -> torch.Tensor:
-        """(P, H_vit) -> (P, H_vit)."""
+        """(p, H_vit) -> (p, H_vit)."""
         hidden_states = hidden_states + self.attn(
-            self.norm1(hidden_states), cu_seqlens, max_seqlen, position_embeddings
+            self.norm1(hidden_states), cu_seqlens, max_seqlen, position_embeddings, sp_group
         )
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -538,11 +569,20 @@ class Qwen3VLMoeVisionModel(Qwen3VLMoePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_metadata(self, grid_thw: torch.Tensor, name: str = "grid_thw") -> VisionMetadata:
-        """What `forward` needs to know of a batch's grids (n, 3), worked out on the CPU."""
-        return vision_metadata(
-            grid_thw.cpu(), table_side=self.num_grid_per_side, merge=self.spatial_merge_size, name=name
-        )
+    def get_metadata(self, grid_thw: torch.Tensor, patches: int, name: str = "grid_thw") -> VisionMetadata:
+        """What `forward` needs to know of a batch's grids (n, 3), worked out on the CPU. `patches` counts those of all
+        ranks, padding included."""
+        grid_thw = grid_thw.cpu()
+        padding = max(patches - int(grid_thw.prod(-1).sum()), 0)
+        side, merge = self.num_grid_per_side, self.spatial_merge_size
+        return vision_metadata(grid_thw, table_side=side, merge=merge, padding=padding, name=name)
+
+    def dummy_input(self, sp_size: int) -> tuple[torch.Tensor, VisionMetadata]:
+        """This rank's patches (merge², C * T * patch * patch), zeros, of an image that gives each rank one token."""
+        merge, config = self.spatial_merge_size, self.config
+        channels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        pixel_values = torch.zeros(merge**2, channels, dtype=self.dtype, device=self.device)
+        return pixel_values, self.get_metadata(torch.tensor([[1, merge * sp_size, merge]]), merge**2 * sp_size)
 
     def interpolate_pos_embed(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Learned positions resampled to each patch: (P, 4), (P, 4) float32 -> (P, H_vit) float32."""
@@ -559,32 +599,50 @@ class Qwen3VLMoeVisionModel(Qwen3VLMoePreTrainedModel):
         """Encode patches.
 
         Args:
-            hidden_states: (P, C * T * patch * patch) pixel values in merge-block order, as the image processor gives.
-            grid_thw: (n, 3) patches in time, height and width per image; not needed when metadata is given.
-            metadata: precomputed by `get_metadata` or the collator.
+            hidden_states: (p, C * T * patch * patch) pixel values in merge-block order, as the image processor gives;
+                under sequence parallelism padded to a multiple of merge² x sp and sliced.
+            grid_thw: (n, 3) patches in time, height and width per image, whole; not needed when metadata is given.
+            metadata: precomputed by `get_metadata` or the collator, whole.
+
+        Returns:
+            Features (m, H) of this rank's slice, those of padding included.
         """
+        state = get_parallel_state()
+        sp_group, patches = state.sp_group, hidden_states.shape[0] * state.sp_size  # P with padding
         if metadata is None:
             if grid_thw is None:
                 raise ValueError("the vision tower needs grid_thw (n, 3) or its metadata; got neither.")
-            metadata = self.get_metadata(grid_thw)
-        if hidden_states.shape[0] != metadata.num_patches:
+            metadata = self.get_metadata(grid_thw, patches)
+        unit = self.spatial_merge_size**2 * state.sp_size
+        if patches % unit or not metadata.num_patches <= patches < metadata.num_patches + unit:
             raise ValueError(
-                f"pixel values hold {hidden_states.shape[0]} patches, but the grids describe {metadata.num_patches}; "
-                "pass pixel values and grids of the same images."
+                f"pixel values hold {patches} patches, but the grids describe {metadata.num_patches}; pass pixel "
+                "values and grids of the same images, padded to the next multiple of spatial_merge_size² x sp_size = "
+                f"{unit}."
             )
         metadata = metadata.to(hidden_states.device)
-        hidden_states = self.patch_embed(hidden_states)  # (P, H_vit)
-        pos_embeds = self.interpolate_pos_embed(metadata.interp_indices, metadata.interp_weights)
+        # PATCH(npu-cu-seqlens): torch_npu's attention reads the boundaries on the host
+        cu_seqlens = metadata.cu_seqlens.cpu() if is_torch_npu_available() else metadata.cu_seqlens
+        interp_indices, interp_weights, position_ids = (
+            sp_pad_and_slice(x, dim=0, pad_scale=self.spatial_merge_size**2, group=sp_group)  # (p, …)
+            for x in (metadata.interp_indices, metadata.interp_weights, metadata.position_ids)
+        )
+        hidden_states = self.patch_embed(hidden_states)  # (p, H_vit)
+        # PATCH(vit-sp-pos-embed): looked up for this rank's patches only; padding has weight 0
+        pos_embeds = self.interpolate_pos_embed(interp_indices, interp_weights)
         hidden_states = hidden_states + pos_embeds.to(hidden_states.dtype)
-        position_embeddings = self.rotary_pos_emb(metadata.position_ids)
+        # PATCH(vit-sp-rotary-length): positions exist for the cu_seqlens[-1] real patches; padding was appended to them
+        # PATCH(vit-sp-rotary-slice): cos and sin come from this rank's positions, in step with its patches
+        position_embeddings = self.rotary_pos_emb(position_ids)
 
         deepstack_features = []
         for layer_idx, block in enumerate(self.blocks):
             hidden_states = block(
                 hidden_states,
-                cu_seqlens=metadata.cu_seqlens,
+                cu_seqlens=cu_seqlens,
                 max_seqlen=metadata.max_seqlen,
                 position_embeddings=position_embeddings,
+                sp_group=sp_group,
             )
             if layer_idx in self.deepstack_visual_indexes:
                 merger = self.deepstack_merger_list[self.deepstack_visual_indexes.index(layer_idx)]
@@ -648,6 +706,12 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        state = get_parallel_state()
+        if state.sp_enabled and (cu_seq_lens_q is None or position_ids is None):
+            raise ValueError(
+                f"sp_size={state.sp_size} needs packed samples: cu_seq_lens_q and position_ids, as "
+                "SequenceParallelCollator makes them."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length, _ = inputs_embeds.shape
@@ -676,6 +740,7 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
                 position_ids=text_position_ids,
             )
         hidden_states = inputs_embeds
+        # PATCH(sp-local-positions): the collator has sliced the positions, so cos and sin are this rank's as they come
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         all_hidden_states, all_attentions, all_router_logits = [hidden_states], [], []
         for layer_idx, layer in enumerate(self.layers):
@@ -686,6 +751,7 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
                 past_key_values=past_key_values,
                 cu_seqlens=cu_seq_lens_q,
                 max_seqlen=max_length_q,
+                sp_group=state.sp_group,
             )
             all_hidden_states.append(hidden_states)
             all_attentions.append(attention_weights)
@@ -725,6 +791,7 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
         self.visual = Qwen3VLMoeVisionModel._from_config(config.vision_config)
         self.language_model = Qwen3VLMoeTextModel._from_config(config.text_config)
         self.rope_deltas: torch.Tensor | None = None  # (B, 1), kept for the decoding steps after a prefill
+        self.encoder_data_balance: EncoderDataBalancer | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -798,39 +865,95 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
         deltas = self.rope_deltas.repeat_interleave(batch_size // self.rope_deltas.shape[0], dim=0)
         return (positions + deltas.to(inputs_embeds.device)).expand(3, batch_size, -1)
 
-    def _placeholder_mask(
-        self, visual: VisualInput, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, S) bool, where a modality's features go."""
-        if visual.mask is not None:
-            return visual.mask
-        if input_ids is not None:
-            return input_ids == visual.token_id
-        token_id = torch.tensor(visual.token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+    def _find_placeholders(
+        self,
+        visual: VisualInput,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        collated: bool,
+        state: ParallelState,
+    ) -> int:
+        """Fill in `visual.token_indices` and, where the sequence is sliced, `visual.token_counts`; how many there
+        are."""
+        if visual.token_indices is None:
+            if visual.mask is not None:
+                mask = visual.mask
+            elif visual.pixel_values is None and (collated or state.sp_enabled):
+                mask = torch.zeros(0, dtype=torch.bool, device=inputs_embeds.device)
+            elif state.sp_enabled:
+                raise ValueError(
+                    f"sp_size={state.sp_size}, but the batch has no {visual.name}_mask (1, S); a rank cannot tell from "
+                    "its slice of the tokens where the others' features go. Use SequenceParallelCollator."
+                )
+            elif input_ids is not None:
+                mask = input_ids == visual.token_id
+            else:
+                token_id = torch.tensor(visual.token_id, device=inputs_embeds.device)
+                mask = (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
+            visual.token_indices = mask.flatten().nonzero().squeeze(1)
+        if visual.token_counts is None and state.sp_enabled:
+            slices = visual.token_indices // inputs_embeds.shape[1]
+            visual.token_counts = torch.bincount(slices, minlength=state.sp_size).tolist()
+        return len(visual.token_indices)
 
-    def _fill_back(
-        self, visual: VisualInput, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, past_length: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """Encode one modality and put its features in place of its placeholder tokens.
+    def _encode(
+        self, visual: VisualInput, state: ParallelState
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
+        """Run the vision tower on one modality.
 
         Returns:
-            inputs_embeds (B, S, H), the rows (M,) that were replaced, and the deepstack features, one (M, H) each.
+            Features (m, H) of this rank's slice, its deepstack features, and zero as a function of a dummy's features.
         """
-        if visual.pixel_values is None and past_length:
-            return inputs_embeds, None, []  # a decoding step: what it sampled is text, whatever the token
-        if visual.metadata is None and visual.grid_thw is not None:
-            visual.metadata = self.visual.get_metadata(visual.grid_thw, f"{visual.name}_grid_thw")
-        if visual.token_indices is None:
-            mask = self._placeholder_mask(visual, input_ids, inputs_embeds)
-            visual.token_indices = mask.flatten().nonzero().squeeze(1)
-        visual.check(visual.token_indices.shape[0], self.visual.spatial_merge_size**2)
-        if visual.pixel_values is None:
-            return inputs_embeds, None, []
-        features = self.visual(visual.pixel_values.to(self.visual.dtype), metadata=visual.metadata)
+        pixel_values, metadata, balancer = visual.pixel_values, visual.metadata, self.encoder_data_balance
+        if balancer is not None:
+            # PATCH(encoder-data-balance): the exchanges run on every rank; one without images brings no rows
+            if pixel_values is None or metadata is None:
+                pixel_values, grid_thw = self.visual.dummy_input(state.sp_size)[0][:0], None
+            else:
+                grid_thw = torch.tensor(metadata.grid_thw)
+            pixel_values, grid_thw = balancer.balance_data(pixel_values, grid_thw, visual.name)
+            metadata = None
+            if len(grid_thw):
+                metadata = self.visual.get_metadata(grid_thw, pixel_values.shape[0] * state.sp_size)
+        has_images = pixel_values is not None and metadata is not None
+        if pixel_values is None or metadata is None:
+            # PATCH(fsdp-dummy-vit): a rank without images runs the tower too, or FSDP's collectives would not match
+            pixel_values, metadata = self.visual.dummy_input(state.sp_size)
+        features = self.visual(pixel_values.to(self.visual.dtype), metadata=metadata)
+        embeds, deepstack = features.pooler_output, features.deepstack_features
+        zero = None if has_images else 0.0 * torch.stack([x.mean() for x in (embeds, *deepstack)]).sum()
+        if balancer is not None:
+            embeds, deepstack = balancer.data_bridge(embeds, deepstack, visual.name)
+        return embeds, deepstack, zero
+
+    def _fill_back(
+        self, visual: VisualInput, inputs_embeds: torch.Tensor, state: ParallelState
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Encode one modality and put its features in place of its placeholder tokens.
+
+        Args:
+            inputs_embeds: (B, S, H); under sequence parallelism (1, S, H / sp).
+
+        Returns:
+            inputs_embeds, the rows (M,) of this rank's tokens that are visual, and their deepstack features (M, H).
+        """
+        assert visual.token_indices is not None
+        embeds, deepstack, zero = self._encode(visual, state)
         token_indices = visual.token_indices.to(inputs_embeds.device, non_blocking=True)
-        inputs_embeds = put_at(inputs_embeds, token_indices, features.pooler_output)
-        return inputs_embeds, token_indices, features.deepstack_features
+        # PATCH(vit-lm-fill-back): whole sequence of features, a slice of hidden, like inputs_embeds
+        embeds = gather_seq_scatter_heads(embeds, seq_dim=0, head_dim=1, group=state.sp_group)
+        inputs_embeds = put_at(inputs_embeds, token_indices, embeds[: len(token_indices)])
+        if zero is not None:
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds.dtype)
+        if state.sp_enabled and deepstack:
+            # PATCH(deepstack-sp): gathered once, not per decoder layer, and with a gradient unless the tower is frozen
+            gather = gather_outputs_with_grad if deepstack[0].requires_grad else gather_outputs
+            first, count = visual.slice_of(state.sp_rank)
+            whole = gather(torch.stack(deepstack), gather_dim=1, group=state.sp_group)  # (layers, M, H)
+            deepstack = list(whole[:, first : first + count])
+            length = inputs_embeds.shape[1] // state.sp_size
+            token_indices = token_indices[first : first + count] - state.sp_rank * length
+        return inputs_embeds, token_indices, deepstack
 
     @can_return_tuple
     def forward(
@@ -866,23 +989,34 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        state = get_parallel_state()
         entries = multimodal_metadata or {}
-        visuals = (
-            VisualInput(
-                name, token_id, pixels, grid, mask, unpack_metadata(name, entries), entries.get(f"{name}_token_indices")
-            )
-            for name, token_id, pixels, grid, mask in (
-                ("image", self.config.image_token_id, pixel_values, image_grid_thw, image_mask),
-                ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw, video_mask),
-            )
+        inputs = (
+            ("image", self.config.image_token_id, pixel_values, image_grid_thw, image_mask),
+            ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw, video_mask),
         )
-        token_indices, deepstack = [], []
-        # PATCH(lm-flash-kwargs): cu_seq_lens and max_length of the language model are not among what the ViT is given
+        visuals = [VisualInput.of(*given, entries) for given in inputs]
+        run_always = state.fsdp_enabled or self.encoder_data_balance is not None
+        if past_length:  # a decoding step: what it sampled is text, whatever the token
+            visuals = [visual for visual in visuals if visual.pixel_values is not None]
         for visual in visuals:
-            inputs_embeds, indices, features = self._fill_back(visual, input_ids, inputs_embeds, past_length)
-            if indices is not None:
+            if visual.metadata is None and visual.grid_thw is not None and visual.pixel_values is not None:
+                patches = visual.pixel_values.shape[0] * state.sp_size
+                visual.metadata = self.visual.get_metadata(visual.grid_thw, patches, f"{visual.name}_grid_thw")
+            num_tokens = self._find_placeholders(visual, input_ids, inputs_embeds, collated, state)
+            visual.check(num_tokens, self.visual.spatial_merge_size**2)
+        visuals = [visual for visual in visuals if run_always or visual.pixel_values is not None]
+
+        token_indices, deepstack = [], []
+        if visuals:
+            # (1, s, H) -> (1, S, H / sp): a rank's features may belong to any rank's tokens
+            inputs_embeds = gather_seq_scatter_heads(inputs_embeds, seq_dim=1, head_dim=2, group=state.sp_group)
+            # PATCH(lm-flash-kwargs): the language model's cu_seq_lens and max_length are not among what the ViT gets
+            for visual in visuals:
+                inputs_embeds, indices, features = self._fill_back(visual, inputs_embeds, state)
                 token_indices.append(indices)
                 deepstack.append(features)
+            inputs_embeds = gather_heads_scatter_seq(inputs_embeds, head_dim=2, seq_dim=1, group=state.sp_group)
 
         if position_ids is None:
             position_ids = self.compute_3d_position_ids(
@@ -909,6 +1043,7 @@ def load_balancing_loss_func(
     num_experts: int,
     top_k: int,
     attention_mask: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Load-balancing loss E * sum_e f_e p_e over all layers at once (Switch Transformer, eq. 4 to 6; Fedus et al.,
     2021).
@@ -918,6 +1053,8 @@ def load_balancing_loss_func(
     Args:
         gate_logits: raw router logits, one (T, E) per MoE layer.
         attention_mask: (B, S) with B*S = T, 0 at padding, which is left out of both means.
+        group: ranks that hold other tokens. Counts are summed over them, once and without a gradient; the result is
+            this rank's share, through its own tokens' probabilities, and the shares add up to the loss.
 
     Returns:
         A float32 scalar; top_k for perfectly even routing.
@@ -925,22 +1062,19 @@ def load_balancing_loss_func(
     device = gate_logits[0].device
     counts, probabilities = torch.zeros(2, num_experts, device=device).unbind(0)
     keep = None if attention_mask is None else attention_mask.reshape(-1).to(device, torch.float32)
-    rows = gate_logits[0].shape[0] if keep is None else keep.sum()
+    rows = counts.new_tensor(gate_logits[0].shape[0]) if keep is None else keep.sum()
     for logits in gate_logits:
         routing = logits.softmax(-1, dtype=torch.float32)  # (T, E)
         chosen = routing.topk(top_k, dim=-1).indices  # (T, K)
         weight = torch.ones_like(chosen, dtype=torch.float32) if keep is None else keep[:, None].expand_as(chosen)
         counts = counts.scatter_add(0, chosen.flatten(), weight.flatten())
         probabilities = probabilities + (routing if keep is None else routing * keep[:, None]).sum(0)
+    if group is not None:
+        summed = torch.cat((counts, rows[None])).double()  # float32 cannot count beyond 16 million
+        dist.all_reduce(summed, group=group)
+        counts, rows = summed[:-1], summed[-1]
     total = rows * len(gate_logits)
-    return num_experts * (counts / total * (probabilities / total)).sum()
-
-
-def mask_tail(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor, length: int) -> torch.Tensor:
-    """attention_mask (B, S), all ones when None, with its last `length` columns zero."""
-    if attention_mask is None:
-        attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
-    return F.pad(attention_mask[:, :-length], (0, length))
+    return (num_experts * (counts / total * (probabilities / total)).sum()).float()
 
 
 def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -953,6 +1087,13 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     accepts_loss_kwargs = True  # a trainer's num_items_in_batch is the divisor of the loss
+    # FSDP gathers each of these for as long as it runs.
+    fsdp_modules = (
+        "Qwen3VLMoeTextDecoderLayer",
+        "Qwen3VLMoeVisionBlock",
+        "Qwen3VLMoeVisionPatchMerger",
+        "Qwen3VLMoeVisionModel",
+    )
 
     def __init__(self, config: Qwen3VLMoeConfig) -> None:
         super().__init__(config)
@@ -977,6 +1118,18 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
     ) -> BaseModelOutputWithDeepstackFeatures:
         """See `Qwen3VLMoeModel.get_image_features`."""
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def get_parallel_plan(self) -> ParallelPlan:
+        """Which parameters are cut over expert ranks."""
+        return get_parallel_plan()
+
+    def check_parallel_state(self, state: ParallelState) -> None:
+        """Raise a ValueError for mesh sizes this model cannot be cut by; see `parallel_plan.check_parallel_state`."""
+        check_parallel_state(self.config, state)
+
+    def set_encoder_data_balance(self, balancer: EncoderDataBalancer | None) -> None:
+        """Let `balancer` move images between data ranks around the vision tower; None stops it."""
+        self.model.encoder_data_balance = balancer
 
     def get_position_id_func(self) -> Callable[..., dict[str, torch.Tensor]]:
         """A picklable function for data workers; see `position_ids.make_position_id_func`."""
@@ -1007,6 +1160,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
         tail_padding_length: int = 0,
+        num_valid_labels: int | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """One forward pass.
@@ -1022,18 +1176,21 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
                 longest.
             multimodal_metadata: from the collator; without it the forward works it out.
             labels: (B, S), -100 ignored; position i is the token at i, or the one after it with labels_shifted.
-            num_items_in_batch: divisor of the summed loss; None divides by this batch's number of valid labels.
+            num_items_in_batch: divisor of the summed loss; None divides by the number of valid labels, over all ranks.
             logits_to_keep: logits for the last n positions only, or for the given indices; 0 keeps all.
             output_router_logits: return raw router logits and the load-balancing loss, which joins the loss.
             tail_padding_length: tokens at the end of a packed row that are padding (the collator's count).
+            num_valid_labels: how many predictions of this rank count (the collator's count).
 
         Returns:
             In training mode with labels: the loss, and no logits (they are never held at once). Otherwise logits
-            (B, S, V), and the loss with labels.
+            (B, S, V), and the loss with labels. With several ranks losses are this rank's share: their sum is the loss
+            of all tokens. Under sequence parallelism everything else is this rank's slice.
 
         Raises:
             ValueError: inputs that do not fit together; the message says what came and what was expected.
         """
+        state = get_parallel_state()
         text_config = self.config.text_config
         if output_router_logits is None:
             output_router_logits = text_config.output_router_logits
@@ -1059,10 +1216,18 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
                 raise ValueError(
                     f"labels have shape {tuple(labels.shape)}, expected the tokens' {tuple(hidden_states.shape[:2])}."
                 )
-            targets = labels if labels_shifted else shift_labels(labels)
+            # Under sequence parallelism labels always come shifted: the next token may lie on another rank.
+            targets = labels if labels_shifted or state.sp_enabled else shift_labels(labels)
+            if num_items_in_batch is None and state.world_group is not None:
+                num_items_in_batch = (targets != -100).sum()
+                dist.all_reduce(num_items_in_batch, group=state.world_group)
         if labels is not None and self.training:
             loss = linear_cross_entropy(
-                hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), num_items=num_items_in_batch
+                hidden_states.flatten(0, 1),
+                self.lm_head.weight,
+                targets.flatten(),
+                num_items=num_items_in_batch,
+                num_valid=num_valid_labels,
             )
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -1072,10 +1237,18 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
 
         aux_loss = None
         if output_router_logits and outputs.router_logits:
-            if tail_padding_length:
-                attention_mask = mask_tail(attention_mask, hidden_states, tail_padding_length)
+            router_logits = outputs.router_logits
+            if tail_padding_length or state.sp_enabled:
+                length = hidden_states.shape[1]
+                real = length * (state.sp_size - state.sp_rank) - tail_padding_length
+                router_logits = tuple(logits[: max(real, 0)] for logits in router_logits)
+                attention_mask = None
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
+                router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                attention_mask,
+                group=state.world_group,
             )
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
