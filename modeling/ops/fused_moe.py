@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from modeling.distributed.expert_parallel import ExpertExchange, local_experts, plan_exchange, planned
 from modeling.ops import moe_grouped
+from modeling.ops.moe_grouped import row_invariant_linear
 from modeling.ops.moe_pointwise import gather_sum
 from modeling.ops.moe_routing import Routing, route_by_expert
 
@@ -103,8 +104,8 @@ def eager_experts(
     out = torch.zeros_like(hidden_states, dtype=torch.float32)  # (T, H)
     for expert in range(gate_up_proj.shape[0]):
         token, k = torch.where(top_k_index == expert)
-        gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)  # (n, I) each
-        y = F.linear(F.silu(gate) * up, down_proj[expert])  # (n, H)
+        gate, up = row_invariant_linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)  # (n, I) each
+        y = row_invariant_linear(F.silu(gate) * up, down_proj[expert])  # (n, H)
         out = out.index_add(0, token, y.float() * top_k_weights[token, k, None].float())
     return out.to(hidden_states.dtype)
 

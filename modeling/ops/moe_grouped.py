@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from modeling.ops.moe_pointwise import swiglu, swiglu_backward
 
+MIN_ROWS = 8  # seen with MKL: products of 1 to 3 rows differ in their last bits from the same rows among more
+
 
 def forward(
     x: torch.Tensor, source: torch.Tensor, offsets: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
@@ -58,7 +60,7 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tens
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:])
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for expert, begin, end in _segments(offsets):
-        out[begin:end] = rows[begin:end] @ weight[expert].T
+        out[begin:end] = row_invariant_linear(rows[begin:end], weight[expert])
     return out
 
 
@@ -73,14 +75,28 @@ def grouped_outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor
 
 
 def _kernel_takes(*operands: torch.Tensor) -> bool:
-    """grouped_mm wants every stride but the unit one, and every address, to be a multiple of 16 bytes."""
-    if not hasattr(F, "grouped_mm"):
+    """grouped_mm wants every stride but the unit one, and every address, to be a multiple of 16 bytes.
+
+    On the CPU it is the same loop over matrix products as here, but for a row's bits (`row_invariant_linear`).
+    """
+    if not hasattr(F, "grouped_mm") or operands[0].device.type == "cpu":
         return False
     for operand in operands:
         strides = [stride * operand.element_size() for stride in operand.stride() if stride != 1]
         if operand.data_ptr() % 16 or any(stride % 16 for stride in strides):
             return False
     return True
+
+
+def row_invariant_linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """rows @ weight.T, (R, C) and (D, C) -> (R, D), where a row's bits do not depend on how many rows stand beside it.
+
+    CPU libraries take another path, with another order of summation, for one to three rows; those are padded. So a
+    packed sample's outputs do not change with its neighbours' routing.
+    """
+    if rows.device.type != "cpu" or rows.shape[0] >= MIN_ROWS:
+        return F.linear(rows, weight)
+    return F.linear(F.pad(rows, (0, 0, 0, MIN_ROWS - rows.shape[0])), weight)[: rows.shape[0]]
 
 
 def _segments(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
