@@ -953,7 +953,7 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
             deepstack = list(whole[:, first : first + count])
             length = inputs_embeds.shape[1] // state.sp_size
             token_indices = token_indices[first : first + count] - state.sp_rank * length
-        return inputs_embeds, token_indices, deepstack
+        return inputs_embeds, token_indices, [feature[: len(token_indices)] for feature in deepstack]
 
     @can_return_tuple
     def forward(

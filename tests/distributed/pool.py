@@ -71,7 +71,9 @@ class Pool:
         self.pipes: list[Connection] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # Forked from a server that has imported everything, once for all pools, and has run nothing.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.ranks"])
         store = os.path.join(tempfile.mkdtemp(prefix="pool"), "store")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
