@@ -100,9 +100,12 @@ def get_rope_index(
         sample's tokens to get the position of its next one. Both on input_ids' device.
 
     Raises:
-        ValueError: placeholders and grids do not match.
+        ValueError: placeholders and grids do not match, or a mask is not shaped like input_ids.
     """
     device = input_ids.device
+    for name, given in (("attention_mask", attention_mask), ("mm_token_type_ids", mm_token_type_ids)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {tuple(input_ids.shape)} like input_ids.")
     if mm_token_type_ids is None:
         is_image, is_video = input_ids == image_token_id, input_ids == video_token_id
         mm_token_type_ids = is_image * IMAGE + is_video * VIDEO

@@ -6,12 +6,14 @@ transposed; and it leaves code outside its own package to itself. So the layout 
 files, then by shape, and never guessed; what is saved carries the stamp.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.modeling_utils import PreTrainedModel
@@ -67,6 +69,26 @@ def check_loading(missing: set, unexpected: set, mismatched: set) -> None:
         raise ValueError(
             "the checkpoint does not fit the model; nothing is left at random values silently. " + "; ".join(problems)
         )
+
+
+def write_shards(tensors: dict[str, Any], folder: Path, max_shard_size: str | int, metadata: dict[str, str]) -> None:
+    """Write tensors as safetensors files of at most `max_shard_size`, each with `metadata`, and their index.
+
+    An earlier save in the folder gives way only when every new file is written, and the index comes last: a reader
+    never takes half for whole.
+    """
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for filename, names in split.filename_to_tensors.items():
+        values = {name: tensors[name].detach().contiguous() for name in names}
+        save_file(values, folder / f"{filename}.partial", metadata=metadata)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors"):
+        old.unlink()
+    for filename in split.filename_to_tensors:
+        (folder / f"{filename}.partial").rename(folder / filename)
+    if split.is_sharded:
+        index = {"metadata": split.metadata | metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 class LayoutAwareModel(PreTrainedModel):
@@ -127,8 +149,11 @@ class LayoutAwareModel(PreTrainedModel):
         self.config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
+        tied = self.all_tied_weights_keys if self.config.tie_word_embeddings else {}
         stored: dict[str, Any] = {}
         for name, value in state_dict.items():
-            experts = logical_name(name) is not None
-            stored |= {key: part for (key, _), part in pack(layout, name, value).items()} if experts else {name: value}
-        save_torch_state_dict(stored, save_directory, max_shard_size=max_shard_size, metadata=stamp_metadata(layout))
+            if logical_name(name) is not None:
+                stored |= {key: part for (key, _), part in pack(layout, name, value).items()}
+            elif name not in tied:
+                stored[name] = value
+        write_shards(stored, Path(save_directory), max_shard_size, stamp_metadata(layout))
