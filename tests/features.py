@@ -1,6 +1,7 @@
 """Training features from processor inputs, and packed batches, for tests of packing and parallelism."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def pack(
 def segments(batch: Mapping[str, Any]) -> list[slice]:
     """Where each sample lies in the packed row, padding left out."""
     bounds = batch["cu_seq_lens_q"].tolist()
-    whole = [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    whole = [slice(start, stop) for start, stop in pairwise(bounds)]
     return whole[: len(whole) - bool(batch["tail_padding_length"])]
 
 

@@ -14,7 +14,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration as Upstream
 
 from modeling.qwen3_vl_moe import Qwen3VLMoeForCausalLM
 
-# fp32 rounding: sums over 64 to 512 terms in another order (matrix-product patch embedding, sorted experts, chunked loss).
+# fp32 rounding: sums in another order (matrix-product patch embedding, sorted experts, chunked loss).
 LOGITS_BOUND = 2e-6
 HIDDEN_BOUND = 2e-6
 GRADIENT_BOUND = 5e-6
@@ -79,9 +79,7 @@ def gradients(model: torch.nn.Module, inputs: Mapping[str, Any], labels: torch.T
     loss = model(**inputs, labels=labels).loss
     loss.backward()
     model.eval()
-    found = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return loss.item(), found
 

@@ -21,7 +21,9 @@ def test_equals_upstream_sample_by_sample(pair: tuple, inputs_of: InputsOf, padd
     for name, where, reference in zip(SAMPLES, segments(batch), references, strict=True):
         assert relative_error(out.logits[:, where], reference.logits) <= LOGITS_BOUND, name
         for layer, reference_layer in zip(out.router_logits, reference.router_logits, strict=True):
-            assert torch.equal(layer[where].topk(4).indices.sort().values, reference_layer.topk(4).indices.sort().values)
+            assert torch.equal(
+                layer[where].topk(4).indices.sort().values, reference_layer.topk(4).indices.sort().values
+            )
 
 
 def test_gradients_equal_the_sum_over_samples(pair: tuple, inputs_of: InputsOf) -> None:
