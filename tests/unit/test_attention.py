@@ -1,0 +1,115 @@
+"""Packed attention: every backend against the definition, on packed segments of unequal lengths."""
+
+import pytest
+import torch
+
+from modeling.ops.attention import VARLEN_BACKENDS, select_varlen_backend, varlen_attention
+
+LENGTHS = [5, 5, 1, 12, 3, 3, 3]
+
+
+def packed(dtype: torch.dtype = torch.float32, device: str = "cpu", heads: tuple[int, int] = (6, 2), dim: int = 8):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS)
+    query, key, value = (
+        torch.randn(total, n, dim, generator=generator).to(device, dtype).requires_grad_()
+        for n in (heads[0], heads[1], heads[1])
+    )
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
+    return query, key, value, cu_seqlens
+
+
+def by_definition(query, key, value, causal: bool, scale: float) -> torch.Tensor:
+    """One dense masked softmax over everything, in float64."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1).double(), value.repeat_interleave(groups, 1).double()
+    segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).to(query.device)
+    allowed = segment[:, None] == segment[None, :]
+    if causal:
+        allowed = allowed & torch.ones_like(allowed).tril()
+    scores = torch.einsum("qnd,knd->nqk", query.double(), key) * scale
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("nqk,knd->qnd", weights, value)
+
+
+def check(implementation: str, causal: bool, heads: tuple[int, int], dtype: torch.dtype, device: str, bound: float):
+    query, key, value, cu_seqlens = packed(dtype, device, heads, dim=8 if device == "cpu" else 64)
+    grad = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    options = {"cu_seqlens": cu_seqlens, "max_seqlen": max(LENGTHS), "causal": causal, "scale": 0.3}
+    out = varlen_attention(query, key, value, implementation=implementation, **options)
+    expected = by_definition(query, key, value, causal, 0.3)
+    found = [out, *torch.autograd.grad((out.float() * grad).sum(), (query, key, value))]
+    wanted = [expected, *torch.autograd.grad((expected * grad.double()).sum(), (query, key, value))]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert (one.double() - other.double()).norm() <= bound * other.double().norm()
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_on_the_cpu(implementation: str, causal: bool, heads: tuple[int, int]) -> None:
+    check(implementation, causal, heads, torch.float32, "cpu", bound=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "torch_varlen", "flash_attention_2", "flash_attention_4"])
+def test_on_the_gpu(implementation: str, causal: bool, heads: tuple[int, int], monkeypatch) -> None:
+    """bf16 operands, so 1e-2 by norm; each kernel that is installed."""
+    from modeling.ops import attention
+
+    if implementation == "torch_varlen":
+        monkeypatch.setattr(attention, "flash_attention_4_available", lambda: False)
+        monkeypatch.setattr(attention, "flash_attention_2_available", lambda: False)
+        implementation = "sdpa"
+    elif implementation.startswith("flash") and not getattr(attention, f"{implementation}_available")():
+        pytest.skip(f"{implementation} is not installed")
+    check(implementation, causal, heads, torch.bfloat16, "cuda", bound=1e-2)
+
+
+def test_no_rows_and_empty_segments() -> None:
+    query = torch.randn(4, 2, 8)
+    options = {"max_seqlen": 4, "causal": True, "scale": 0.3}
+    with_empty = varlen_attention(query, query, query, cu_seqlens=torch.tensor([0, 0, 4, 4]).int(), **options)
+    plain = varlen_attention(query, query, query, cu_seqlens=torch.tensor([0, 4]).int(), **options)
+    assert torch.equal(with_empty, plain)
+    none = varlen_attention(query[:0], query[:0], query[:0], cu_seqlens=torch.tensor([0]).int(), **options)
+    assert none.shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_segments_are_strangers_bit_for_bit(implementation: str) -> None:
+    query, key, value, cu_seqlens = packed()
+    options = {"cu_seqlens": cu_seqlens, "max_seqlen": 12, "causal": True, "scale": 0.3}
+    with torch.no_grad():
+        before = varlen_attention(query, key, value, implementation=implementation, **options)
+        for x in (query, key, value):
+            x[:5] = 100 * torch.randn(5, *x.shape[1:])
+        after = varlen_attention(query, key, value, implementation=implementation, **options)
+    assert torch.equal(before[5:], after[5:]) and not torch.equal(before[:5], after[:5])
+
+
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table at the top of the module, with the packages there or not."""
+    from modeling.ops import attention
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert select_varlen_backend("eager", cuda, torch.bfloat16) == "eager"
+    assert select_varlen_backend("sdpa", cpu, torch.bfloat16) == "sdpa"
+    assert select_varlen_backend("sdpa", cuda, torch.float32) == "sdpa"
+    for has_4, has_2, expected in (
+        (True, True, "flash_attention_4"),
+        (False, True, "flash_attention_2"),
+        (False, False, "torch_varlen"),
+    ):
+        monkeypatch.setattr(attention, "flash_attention_4_available", lambda has=has_4: has)
+        monkeypatch.setattr(attention, "flash_attention_2_available", lambda has=has_2: has)
+        assert select_varlen_backend("sdpa", cuda, torch.bfloat16) == expected
+        assert expected in VARLEN_BACKENDS
+    with pytest.raises(ValueError, match="'flash_attention_4' is not available"):
+        select_varlen_backend("flash_attention_4", cuda, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"needs float16 or bfloat16 on a CUDA device, got torch.float32 on cpu"):
+        select_varlen_backend("flash_attention_2", cpu, torch.float32)
