@@ -105,7 +105,7 @@ def get_rope_index(
     device = input_ids.device
     for name, given in (("attention_mask", attention_mask), ("mm_token_type_ids", mm_token_type_ids)):
         if given is not None and given.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {tuple(input_ids.shape)} like input_ids.")
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {tuple(input_ids.shape)} as input_ids.")
     if mm_token_type_ids is None:
         is_image, is_video = input_ids == image_token_id, input_ids == video_token_id
         mm_token_type_ids = is_image * IMAGE + is_video * VIDEO
