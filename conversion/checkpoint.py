@@ -13,6 +13,7 @@ from conversion.shard_io import ShardHeader, TensorInfo, read_header
 HF_INDEX = "model.safetensors.index.json"
 EP_INDEX = "model.ep.index.json"
 MANIFEST = "veomni_manifest.json"
+JOURNAL = "veomni_journal.jsonl"
 
 
 @dataclass(frozen=True)

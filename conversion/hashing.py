@@ -6,14 +6,13 @@ and 0.4 on others; a disk gives 0.5 to 5. `xxh128sum FILE` on the command line g
 """
 
 import hashlib
+import importlib.util
+from pathlib import Path
 from typing import Protocol
 
-try:
-    import xxhash
-except ImportError:
-    xxhash = None
+from conversion.errors import InputError, UsageError
 
-PREFERRED = "xxh3_128" if xxhash is not None else "sha256"
+PREFERRED = "xxh3_128" if importlib.util.find_spec("xxhash") else "sha256"
 
 
 class Hasher(Protocol):
@@ -27,11 +26,27 @@ class Hasher(Protocol):
 
 
 def new_hasher(algorithm: str = PREFERRED) -> Hasher:
-    """An empty hasher. Raises ValueError for an algorithm that is unknown, or whose package is not installed."""
+    """An empty hasher. Raises UsageError for one whose package is not installed, InputError for an unknown one."""
     if algorithm == "xxh3_128":
-        if xxhash is None:
-            raise ValueError("hashes of this checkpoint are xxh3_128; install the package xxhash to check them")
+        try:
+            import xxhash
+        except ImportError:
+            raise UsageError("the checkpoint's hashes are xxh3_128; install the package xxhash to check them") from None
         return xxhash.xxh3_128()
     if algorithm == "sha256":
         return hashlib.sha256()
-    raise ValueError(f"unknown hash algorithm {algorithm!r}; known are xxh3_128 and sha256")
+    raise InputError(f"unknown hash algorithm {algorithm!r}; known are xxh3_128 and sha256")
+
+
+def hash_file(path: Path, algorithm: str) -> str:
+    """The hash of a whole file. Raises InputError when it cannot be read."""
+    hasher = new_hasher(algorithm)
+    buffer = bytearray(4 << 20)
+    view = memoryview(buffer)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                hasher.update(view[:count])
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return hasher.hexdigest()

@@ -2,19 +2,22 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint import EP_INDEX, HF_INDEX, MANIFEST, Checkpoint
-from conversion.layout import FORMAT_VERSION, Stamp
+from conversion.cast import NOTHING, Findings
+from conversion.checkpoint import EP_INDEX, HF_INDEX, Checkpoint
+from conversion.hashing import hash_file, new_hasher
+from conversion.layout import FORMAT_VERSION
 from conversion.plan import Plan
 
 TOOL_VERSION = "0.1.0"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """A written tensor: `hash` is of its bytes, `source_hash` of the source bytes it was made from, as read."""
 
@@ -24,16 +27,44 @@ class TensorRecord:
     shape: tuple[int, ...]
     hash: str
     source_hash: str
+    findings: Findings = NOTHING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     """A written file; `hash` is of the whole file."""
 
     name: str
     size: int
     hash: str
-    tensors: tuple[TensorRecord, ...]
+    tensors: tuple[TensorRecord, ...] = ()
+
+    @classmethod
+    def of_file(cls, path: Path, algorithm: str) -> "FileRecord":
+        """The record of a file as it lies there. Raises InputError when it cannot be read."""
+        return cls(path.name, path.stat().st_size, hash_file(path, algorithm))
+
+    def to_json(self) -> dict[str, Any]:
+        """As one journal line; `from_json` is its inverse. Fields that say nothing are left out."""
+        tensors = []
+        for tensor in self.tensors:
+            entry = {key: value for key, value in asdict(tensor).items() if value is not None}
+            if tensor.findings == NOTHING:
+                del entry["findings"]
+            tensors.append(entry)
+        return {"name": self.name, "size": self.size, "hash": self.hash, "tensors": tensors}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "FileRecord":
+        """Raises KeyError or TypeError when `entry` is not what `to_json` gives."""
+        tensors = []
+        for tensor in entry["tensors"]:
+            findings = Findings(**tensor.get("findings", {}))
+            fields: dict[str, Any] = (
+                {"ep_rank": None} | dict(tensor) | {"shape": tuple(tensor["shape"]), "findings": findings}
+            )
+            tensors.append(TensorRecord(**fields))
+        return cls(entry["name"], entry["size"], entry["hash"], tuple(tensors))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -45,6 +76,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def copy_atomically(source: Path, target: Path, algorithm: str) -> FileRecord:
+    """Copy a companion file as `write_atomically` writes; returns its size and hash."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    sync_folder(target.parent)
+    return FileRecord.of_file(target, algorithm)
 
 
 def sync_folder(folder: Path) -> None:
@@ -72,40 +115,55 @@ def index_file(plan: Plan) -> tuple[str, dict[str, Any]]:
     return EP_INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def source_record(source: Checkpoint) -> dict[str, Any]:
+def source_record(source: Checkpoint, origin: str) -> dict[str, Any]:
     """Where the output came from. Each tensor's `source_hash` proves the data, these the headers."""
-    return {
-        "path": str(source.folder),
-        "layout": asdict(source.layout),
-        "files": {header.path.name: {"size": header.size} for header in source.headers},
-    }
+    files = {}
+    for header in source.headers:
+        hasher = new_hasher("sha256")
+        hasher.update(header.raw)
+        files[header.path.name] = {"size": header.size, "header_sha256": hasher.hexdigest()}
+    return {"origin": origin, "layout": source.layout.layout, "ep_size": source.layout.ep_size, "files": files}
 
 
 def manifest(
-    target: Stamp, source: Mapping[str, Any], options: Mapping[str, Any], algorithm: str, files: list[FileRecord]
+    plan: Plan,
+    origin: str,
+    options: Mapping[str, Any],
+    algorithm: str,
+    records: list[FileRecord],
+    companions: Mapping[str, FileRecord],
 ) -> dict[str, Any]:
-    """The manifest of an output with `files`."""
+    """The manifest of a finished output."""
     tensors = []
-    for file in files:
-        for tensor in file.tensors:
-            tensors.append({"file": file.name} | {k: v for k, v in asdict(tensor).items() if v is not None})
+    for record in records:
+        for tensor in record.to_json()["tensors"]:
+            tensors.append({"name": tensor.pop("name"), "file": record.name} | tensor)
     return {
         "format_version": FORMAT_VERSION,
         "tool": f"qwen3-vl-moe-veomni {TOOL_VERSION}",
-        "layout": target.layout,
-        "ep_size": target.ep_size,
+        "layout": plan.target.layout,
+        "ep_size": plan.target.ep_size,
         "hash_algorithm": algorithm,
-        "source": dict(source),
+        "fingerprint": plan.fingerprint,
+        "source": source_record(plan.source, origin),
         "options": dict(options),
-        "files": {file.name: {"size": file.size, "hash": file.hash} for file in files},
+        "files": {record.name: {"size": record.size, "hash": record.hash} for record in records},
+        "companions": {name: {"size": record.size, "hash": record.hash} for name, record in companions.items()},
         "tensors": tensors,
     }
+
+
+def records_from_manifest(content: Mapping[str, Any]) -> list[FileRecord]:
+    """The inverse of the part of `manifest` that is about weights. Raises KeyError or TypeError when it is not one."""
+    by_file: dict[str, list[dict[str, Any]]] = {name: [] for name in content["files"]}
+    for tensor in content["tensors"]:
+        entry = dict(tensor)
+        by_file[entry.pop("file")].append(entry)
+    return [
+        FileRecord.from_json({"name": name, **content["files"][name], "tensors": by_file[name]}) for name in by_file
+    ]
 
 
 def dump(content: Mapping[str, Any]) -> bytes:
     """JSON as it is written to disk."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-__all__ = ["MANIFEST", "FileRecord", "TensorRecord", "dump", "index_file", "manifest", "source_record",
-           "sync_folder", "write_atomically"]  # fmt: skip

@@ -1,20 +1,34 @@
 """What a conversion will write: files, tensors, and the pieces in which their bytes are made.
 
 A piece is a run of whole experts (or, for any other tensor, of values) of one output tensor; its bytes are contiguous
-in the output. Pieces are small enough for a few of them to fit in the memory bound at once.
+in the output file. Pieces are small: a few of them, with what they are made from, fit in the memory bound at once, and
+one that has just been made is still in the processor's cache when it is hashed and written.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
+from typing import Any
 
 from conversion.checkpoint import Checkpoint
 from conversion.errors import InputError
-from conversion.layout import Stamp, StoredTensor, check_ep_size, logical_name, overlap, stamp_metadata, stored_tensors
+from conversion.hashing import new_hasher
+from conversion.layout import (
+    FORMAT_VERSION,
+    Stamp,
+    StoredTensor,
+    check_ep_size,
+    logical_name,
+    overlap,
+    stamp_metadata,
+    stored_tensors,
+)
 from conversion.shard_io import DTYPE_BYTES, build_header
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor to write, made from `sources`, all of `source_dtype`; `part.shape` is its shape."""
 
@@ -29,6 +43,18 @@ class OutputTensor:
         """Bytes it takes in the output."""
         return prod(self.part.shape) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def units(self) -> int:
+        """How many experts, or values, it can be cut into."""
+        if not self.is_expert:
+            return prod(self.part.shape)
+        return self.part.shape[0] if self.part.stacked else 1
+
+    @property
+    def transposes(self) -> bool:
+        """Whether its bytes are another order of the source's."""
+        return any(source.transposed != self.part.transposed for source in self.sources)
+
 
 @dataclass(frozen=True)
 class OutputFile:
@@ -38,15 +64,20 @@ class OutputFile:
     stamp: dict[str, str]
     tensors: tuple[OutputTensor, ...]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         """The bytes before the data."""
         return build_header(((t.part.name, t.dtype, t.part.shape) for t in self.tensors), self.stamp)
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of tensor data."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + self.data_bytes
 
 
 @dataclass(frozen=True)
@@ -55,21 +86,42 @@ class Plan:
 
     source: Checkpoint
     target: Stamp
+    dtype: str | None
     files: tuple[OutputFile, ...]
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of tensor data in the output."""
         return sum(file.data_bytes for file in self.files)
 
+    @cached_property
+    def transposed_bytes(self) -> int:
+        """Bytes of the output tensors that are transposed."""
+        return sum(tensor.nbytes for file in self.files for tensor in file.tensors if tensor.transposes)
 
-@dataclass(frozen=True)
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells whether another run would write the same bytes: the source's headers, sizes and times, the output's
+        headers. Equal fingerprints are what --resume asks for."""
+        hasher = new_hasher("sha256")
+        source: list[Any] = [FORMAT_VERSION, self.source.layout.layout]
+        for header in self.source.headers:
+            source.append([header.path.name, header.size, header.mtime_ns])
+            hasher.update(header.raw)
+        hasher.update(json.dumps(source).encode())
+        for file in self.files:
+            hasher.update(file.name.encode() + file.header)
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Values [first, last) of a tensor, or its experts [first, last) where it is a stacked expert tensor."""
+    """Experts, or values, [first, last) of a tensor; `offset` is where its bytes begin in the output file."""
 
     tensor: OutputTensor
     first: int
     last: int
+    offset: int
     is_last: bool
 
 
@@ -95,7 +147,7 @@ def make_plan(source: Checkpoint, target: Stamp, dtype: str | None, max_shard_by
     files: list[OutputFile] = []
     for rank in sorted(groups, key=lambda r: -1 if r is None else r):
         files += _cut_into_files(groups[rank], target, rank, max_shard_bytes)
-    return Plan(source, target, tuple(files))
+    return Plan(source, target, dtype, tuple(files))
 
 
 def _in_file_order(source: Checkpoint) -> list[str]:
@@ -145,11 +197,30 @@ def _cut_into_files(tensors: list[OutputTensor], target: Stamp, rank: int | None
     ]
 
 
-def pieces(tensor: OutputTensor, piece_bytes: int) -> Iterator[Piece]:
-    """`tensor` cut into pieces of about `piece_bytes` (one expert at least), in order."""
-    experts = tensor.is_expert and tensor.part.stacked
-    count = tensor.part.shape[0] if experts else 1 if tensor.is_expert else prod(tensor.part.shape)
-    unit = tensor.nbytes // count if count else 1
-    step = max(1, piece_bytes // max(1, unit))
+def unit_bytes(tensor: OutputTensor) -> int:
+    """Memory it takes to make one expert (or value) of `tensor`: its bytes, those it is made from, those between."""
+    values = prod(tensor.part.shape) // max(1, tensor.units)
+    source_size = DTYPE_BYTES[tensor.source_dtype]
+    total = values * DTYPE_BYTES[tensor.dtype]
+    if tensor.dtype != tensor.source_dtype:
+        total += values * source_size
+    if tensor.transposes:
+        # Every source that the expert overlaps is read whole: one where experts are stacked, one or two (gate and up)
+        # where they are not.
+        matrices = {source.rows: prod(source.shape[-2:]) for source in tensor.sources}
+        total += sum(matrices.values()) * source_size
+    return total
+
+
+def units_per_piece(tensor: OutputTensor, piece_memory: int) -> int:
+    """How many experts (or values) of `tensor` make a piece that takes about `piece_memory` bytes to make."""
+    return max(1, piece_memory // max(1, unit_bytes(tensor)))
+
+
+def pieces(tensor: OutputTensor, step: int, offset: int = 0) -> Iterator[Piece]:
+    """`tensor`, whose bytes begin at `offset` in its file, in pieces of `step` units, in order."""
+    count = tensor.units
+    nbytes = tensor.nbytes // max(1, count)
     for first in range(0, max(1, count), step):  # an empty tensor is one empty piece
-        yield Piece(tensor, first, min(count, first + step), first + step >= count)
+        last = min(count, first + step)
+        yield Piece(tensor, first, last, offset + first * nbytes, last >= count)
