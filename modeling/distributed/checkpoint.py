@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -34,6 +34,8 @@ INDEX = "model.safetensors.index.json"
 EXPORT_LAYOUTS = ("hub", "fused", "per-expert")
 NOT_COMPANIONS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", "_manifest.json")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# Optimizer settings by parameter, not by group: how parameters are grouped differs between meshes.
+STATE_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 Key = tuple[str, int | None]
 
 
@@ -223,7 +225,7 @@ def save_training_state(
     state = parallel_state or get_parallel_state()
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=STATE_OPTIONS)
     content = {"model": weights, "optimizer": moments, "extra": json.dumps(dict(extra or {}))}
     with fail_together(state.world_group):
         if state.rank == 0:
@@ -251,10 +253,16 @@ def load_training_state(
     with fail_together(state.world_group):
         if not (Path(folder) / ".metadata").exists():
             raise ValueError(f"{folder} holds no complete training state; check the path, or start from a checkpoint.")
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=STATE_OPTIONS)
     content: dict[str, Any] = {"model": weights, "optimizer": moments, "extra": ""}
     dcp.load(content, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=content["model"],
+        optim_state_dict=content["optimizer"],
+        options=STATE_OPTIONS,
+    )
     return json.loads(content["extra"])
 
 
