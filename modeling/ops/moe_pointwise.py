@@ -9,21 +9,15 @@ Letters: T tokens, K routes per token, R rows sorted by expert, H hidden, I expe
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _use_triton(tensor: torch.Tensor) -> bool:
-    return _HAS_TRITON and tensor.is_cuda and tensor.numel() > 0
+from modeling.ops.triton_support import use_triton
 
 
 def swiglu(pre: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up. pre (R, 2I), gate columns first -> (R, I), same dtype."""
-    if _use_triton(pre):
+    if use_triton(pre):
         from modeling.ops import moe_triton
 
         return moe_triton.swiglu(pre)
@@ -38,7 +32,7 @@ def swiglu_backward(
     Args: d_act (R, I) the gradient of the weighted activation; pre (R, 2I); row_weight (R,) fp32.
     Returns: d_pre (R, 2I), weighted activation (R, I), both in pre's dtype, and d_row_weight (R,) fp32.
     """
-    if _use_triton(pre):
+    if use_triton(pre):
         from modeling.ops import moe_triton
 
         return moe_triton.swiglu_backward(d_act, pre, row_weight)
@@ -50,7 +44,7 @@ def gather_sum(rows: torch.Tensor, position: torch.Tensor, weight: torch.Tensor 
 
     Args: rows (R, H); position (T, K) int32; weight (T, K) fp32, or None for a plain sum. Returns (T, H), rows' dtype.
     """
-    if _use_triton(rows):
+    if use_triton(rows):
         from modeling.ops import moe_triton
 
         return moe_triton.gather_sum(rows, position, weight)

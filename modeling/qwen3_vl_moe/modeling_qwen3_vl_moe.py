@@ -53,6 +53,8 @@ from modeling.distributed.sequence_parallel import (
 from modeling.ops.attention import varlen_attention
 from modeling.ops.fused_moe import fused_moe_forward
 from modeling.ops.linear_cross_entropy import linear_cross_entropy
+from modeling.ops.rms_norm import rms_norm
+from modeling.ops.rotary import rotate, rotate_qkv
 from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeTextConfig,
@@ -86,27 +88,10 @@ class Qwen3VLMoeTextRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(x1, x2) -> (-x2, x1) over the halves of the last dimension."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys (Su et al., 2021). cos and sin lack the heads' dimension, which is added at
-    unsqueeze_dim."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 class Qwen3VLMoeTextRotaryEmbedding(nn.Module):
@@ -276,7 +261,7 @@ class Qwen3VLMoeTextAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(heads))  # (B, S, N, D)
         key = self.k_norm(self.k_proj(hidden_states).view(heads))  # (B, S, N_kv, D)
         value = self.v_proj(hidden_states).view(heads)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=2)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if cu_seqlens is not None:
             output, weights = self._packed(query, key, value, cu_seqlens, max_seqlen, sp_group), None
         else:
@@ -430,14 +415,6 @@ class Qwen3VLMoeVisionRotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def apply_rotary_pos_emb_vision(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate (P, N, D) queries and keys in float32 by cos and sin (P, D); returns their own dtypes."""
-    rotated_q, rotated_k = apply_rotary_pos_emb(q.float(), k.float(), cos, sin, unsqueeze_dim=-2)
-    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
-
-
 class Qwen3VLMoeVisionAttention(nn.Module):
     """Full attention inside each frame."""
 
@@ -459,8 +436,7 @@ class Qwen3VLMoeVisionAttention(nn.Module):
         sp_group: dist.ProcessGroup | None = None,
     ) -> torch.Tensor:
         """(p, H_vit) -> (p, H_vit)."""
-        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (p, N, D)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        query, key, value = rotate_qkv(self.qkv(hidden_states), *position_embeddings, self.num_heads)  # (p, N, D)
         attended = varlen_attention(
             query,
             key,

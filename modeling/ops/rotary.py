@@ -1,0 +1,85 @@
+"""Rotary position embedding (Su et al., 2021): readable torch, and on a GPU one Triton kernel for queries and keys.
+
+The kernel computes in float32 whatever the storage. Its adjoint is the rotation by the negated angle, the same kernel.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from modeling.ops.triton_support import use_triton
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(x1, x2) -> (-x2, x1) over the halves of the last dimension."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (..., T, N, D) turned by cos and sin (..., T, D), every head of a token alike, in the dtypes' own
+    arithmetic."""
+    return x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """See `rotate_reference`; the last dimension's halves of cos and sin must be equal, as rotary tables' are."""
+    if use_triton(x):
+        return _Rotate.apply(x, cos, sin)
+    return rotate_reference(x, cos, sin)
+
+
+def rotate_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+    """Query, key and value (P, N, D) of a joint projection qkv (P, 3 N D), the first two turned in float32.
+
+    cos and sin (P, D). On a GPU qkv is changed in place and the three are views of it: the projection that made it does
+    not need it again, and a copy would be kept for backward.
+    """
+    if use_triton(qkv) and qkv.is_contiguous():
+        return _RotateQKV.apply(qkv, cos, sin, heads).unflatten(-1, (3, heads, -1)).unbind(1)
+    query, key, value = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
+    cos, sin = cos.float(), sin.float()
+    query, key = (rotate_reference(x.float(), cos, sin).to(x.dtype) for x in (query, key))
+    return query, key, value
+
+
+class _Rotate(torch.autograd.Function):
+    """forward: rotation; backward: rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        from modeling.ops import norm_rotary_triton
+
+        ctx.save_for_backward(cos, sin)
+        return norm_rotary_triton.rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        from modeling.ops import norm_rotary_triton
+
+        return norm_rotary_triton.rotate(d_y, *ctx.saved_tensors, back=True), None, None
+
+
+class _RotateQKV(torch.autograd.Function):
+    """forward: rotation of the first two of three, in place; backward: rotation back into a new tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+        from modeling.ops import norm_rotary_triton
+
+        norm_rotary_triton.rotate_qkv_(qkv, cos, sin, heads)
+        ctx.mark_dirty(qkv)
+        ctx.heads = heads
+        ctx.save_for_backward(cos, sin)
+        return qkv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_qkv: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        from modeling.ops import norm_rotary_triton
+
+        # Not in place: the incoming gradient is not ours to change.
+        turned = norm_rotary_triton.rotate_qkv_(d_qkv.clone(), *ctx.saved_tensors, ctx.heads, back=True)
+        return turned, None, None, None
