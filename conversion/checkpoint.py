@@ -57,6 +57,8 @@ def open_checkpoint(folder: Path, source_layout: str | None = None) -> Checkpoin
     Raises InputError for a damaged, incomplete or foreign checkpoint, UsageError where `source_layout` is needed and
     missing, or contradicts what the checkpoint records.
     """
+    if (folder / JOURNAL).exists():
+        raise InputError(f"{folder} is an unfinished conversion; finish it first: the same command with --resume")
     config = read_config(folder)
     dims = model_dims(config)
     weight_map = _read_index(folder)
@@ -64,6 +66,8 @@ def open_checkpoint(folder: Path, source_layout: str | None = None) -> Checkpoin
     headers = tuple(read_header(path) for path in paths)
     stamps = {header.path.name: read_stamp(header.metadata, str(header.path)) for header in headers}
     stored = _collect(headers, stamps)
+    if (manifest := _manifest_stamp(folder)) is not None:
+        stamps[MANIFEST] = manifest
     if weight_map is not None:
         _check_index(folder, weight_map, stored)
     shapes = {name: location.info.shape for (name, _), location in stored.items()}
@@ -90,6 +94,20 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise InputError(f"{path}: {name!r} lies in {str(file)[:100]!r}, expected a .safetensors file beside it")
     return weight_map
+
+
+def _manifest_stamp(folder: Path) -> Stamp | None:
+    """The layout that the folder's manifest records, None where there is no manifest."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        return Stamp(content["layout"], content["ep_size"])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be understood: {error!r}") from None
 
 
 def _weight_files(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:

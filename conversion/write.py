@@ -40,8 +40,12 @@ class OpenFile:
         self.hasher = new_hasher(algorithm)
         self.records: list[TensorRecord] = []
         self._tensor: tuple[Hasher, Hasher, Findings] | None = None
-        reserve(self.fd, file.size)
-        write_at(self.fd, 0, memoryview(file.header))
+        try:
+            reserve(self.fd, file.size)
+            write_at(self.fd, 0, memoryview(file.header))
+        except OSError:
+            self.close()
+            raise
         self.hasher.update(file.header)
 
     def add(self, piece: Piece, made: Made) -> None:
