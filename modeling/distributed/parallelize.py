@@ -78,7 +78,7 @@ def parallelize_model(
     model.check_parallel_state(state)
     if state.ep_enabled:
         _slice_experts(model, state)
-    _set_recompute(model, recompute)
+    set_recompute(model, recompute)
     if state.mesh is None:
         if param_dtype is not None:
             raise ValueError(
@@ -123,7 +123,8 @@ def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
     return CheckpointPolicy.MUST_SAVE if any(part in name for part in kept) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _set_recompute(model: Any, recompute: str) -> None:
+def set_recompute(model: Any, recompute: str) -> None:
+    """Set how `model`'s checkpointed layers (or those of a part of it) recompute; see `parallelize_model`."""
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute={recompute!r} is unknown; choose one of {', '.join(map(repr, RECOMPUTE))}.")
     if recompute == "none":
