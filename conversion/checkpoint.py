@@ -1,6 +1,7 @@
 """A checkpoint folder opened: its files, its stored tensors, its config and its layout, all checked before use."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _manifest_stamp(folder: Path) -> Stamp | None:
 def _weight_files(folder: Path, weight_map: dict[str, str] | None) -> list[Path]:
     if weight_map is not None:
         paths = [folder / file for file in sorted(set(weight_map.values()))]
-        missing = [path.name for path in paths if not path.exists()]
+        missing = [path.name for path in paths if not os.path.lexists(path)]
         if missing:
             raise InputError(f"{folder}: {len(missing)} file(s) that the index names are missing: {_some(missing)}")
         return paths
