@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .parallel_state import ParallelState, get_parallel_state
-from .sequence_parallel import all_to_all_rows, padded_length
+from .sequence_parallel import all_gather_single, all_to_all_rows, padded_length
 
 Grid = tuple[int, int, int]
 
@@ -215,12 +215,12 @@ class EncoderDataBalancer:
             return [[(t, h, w) for t, h, w in own.tolist()]]
         carrier = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device
         counts = torch.empty(ranks, dtype=torch.int64, device=carrier)
-        dist.all_gather_into_tensor(counts, torch.tensor([own.size(0)], device=carrier), group=group)
+        all_gather_single(counts, torch.tensor([own.size(0)], device=carrier), group=group)
         longest = int(counts.max())
         padded = torch.zeros(longest, 3, dtype=torch.int64, device=carrier)
         padded[: own.size(0)] = own.to(carrier)
         gathered = padded.new_empty(ranks * longest, 3)
-        dist.all_gather_into_tensor(gathered, padded, group=group)
+        all_gather_single(gathered, padded, group=group)
         table = gathered.view(ranks, longest, 3).tolist()
         return [[(t, h, w) for t, h, w in rows[:count]] for rows, count in zip(table, counts.tolist(), strict=True)]
 

@@ -67,7 +67,8 @@ def parallelize_model(
             attention gave, and recomputes the cheap steps and the experts.
         reshard_after_forward: free gathered parameters between forward and backward (True), keep them (False), or
             spread them over this many ranks.
-        prefetch: how many FSDP units are gathered ahead of the running one, in forward and backward.
+        prefetch: how many FSDP units are gathered ahead of the running one in forward, where expert parallelism makes
+            the host wait and FSDP cannot run ahead by itself. In backward it is one.
 
     Returns: the model.
 
@@ -174,19 +175,17 @@ def _units(module: nn.Module) -> list[FSDPModule]:
 
 
 def _set_prefetch(model: nn.Module, prefetch: int) -> None:
-    """Chain the units of every list of layers; a layer's experts follow their layer."""
+    """Chain the units of every list of layers; a layer's experts follow their layer.
+
+    Backward is left to FSDP, which gathers one unit ahead: a chain set by hand would be followed once per output of a
+    layer, and router logits, which are one, would have the layer's experts gathered again after they are done.
+    """
     if prefetch < 0:
         raise ValueError(f"prefetch={prefetch}; it counts units gathered ahead, 0 for none.")
     for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
-        layers = [_units(layer) for layer in stack]
-        if not all(layers):
-            continue
-        forward = [unit for layer in layers for unit in layer]
-        backward = [unit for layer in reversed(layers) for unit in layer]
-        for i, unit in enumerate(forward):
-            unit.set_modules_to_forward_prefetch(forward[i + 1 : i + 1 + prefetch])
-        for i, unit in enumerate(backward):
-            unit.set_modules_to_backward_prefetch(backward[i + 1 : i + 1 + prefetch])
+        units = [unit for layer in stack for unit in _units(layer)]
+        for i, unit in enumerate(units):
+            unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + prefetch])
 
 
 def param_groups_by_mesh(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:

@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.14 gave them these names; before, it knows them by the others.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def group_size(group: ProcessGroup | None) -> int:
     """Ranks in `group`; None counts as one."""
@@ -48,7 +52,7 @@ def _all_to_all(x: Tensor, scatter_dim: int, gather_dim: int, group: ProcessGrou
 def _all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     x = x.contiguous()
     gathered = x.new_empty(group_size(group), *x.shape)
-    dist.all_gather_into_tensor(gathered, x.unsqueeze(0), group=group)
+    all_gather_single(gathered, x.unsqueeze(0), group=group)
     return gathered.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -56,7 +60,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     ranks = group_size(group)
     parts = x.unflatten(dim, (ranks, x.size(dim) // ranks)).movedim(dim, 0).contiguous()
     mine = torch.empty_like(parts[:1])
-    dist.reduce_scatter_tensor(mine, parts, op=dist.ReduceOp.SUM, group=group)
+    reduce_scatter_single(mine, parts, op=dist.ReduceOp.SUM, group=group)
     return mine.squeeze(0)
 
 
