@@ -8,7 +8,7 @@ from typing import Any
 
 from conversion.errors import InputError
 from conversion.inventory import ModelDims, expected_tensors, model_dims, read_config
-from conversion.layout import Stamp, StoredTensor, detect_layout, logical_name, read_stamp, stored_tensors
+from conversion.layout import LAYOUTS, Stamp, StoredTensor, detect_layout, logical_name, read_stamp, stored_tensors
 from conversion.shard_io import ShardHeader, TensorInfo, read_header
 
 HF_INDEX = "model.safetensors.index.json"
@@ -102,7 +102,10 @@ def _manifest_stamp(folder: Path) -> Stamp | None:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
-        return Stamp(content["layout"], content["ep_size"])
+        layout, ep_size = content["layout"], content["ep_size"]
+        if layout not in LAYOUTS or type(ep_size) is not int or ep_size < 1:
+            raise ValueError(f"layout {layout!r}, ep_size {ep_size!r}")
+        return Stamp(layout, ep_size)
     except FileNotFoundError:
         return None
     except OSError as error:

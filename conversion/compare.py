@@ -1,7 +1,7 @@
 """Two checkpoints compared bit for bit, whatever their layouts; a checkpoint checked against its manifest."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from conversion.checkpoint import EP_INDEX, HF_INDEX, JOURNAL, MANIFEST, Checkpo
 from conversion.errors import InputError
 from conversion.hashing import new_hasher
 from conversion.layout import Stamp
-from conversion.manifest import FileRecord, records_from_manifest
+from conversion.manifest import FileRecord, Manifest, parse_manifest
 from conversion.plan import OutputTensor, Piece, make_plan, pieces, unit_bytes
 from conversion.produce import Arena, produce
 from conversion.shard_io import read_header, read_into
@@ -105,56 +105,45 @@ def _value(bits: np.generic, dtype: str) -> str:
     return f"{wide.view(np.float64)[0]!r:.24} ({shown})".replace("np.float64(", "").replace(") (", " (")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`. Raises InputError when there is none, or it is not one."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        records_from_manifest(content)
-        names = [*content["files"], *content["companions"]]
-        if not isinstance(content["hash_algorithm"], str) or any(_leaves(name) for name in names):
-            raise ValueError("a file name that leaves the folder")
+        return parse_manifest(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} is missing: only the converter's outputs have one") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be understood: {error!r}") from None
-    return content
 
 
-def _leaves(name: str) -> bool:
-    return not name.isprintable() or name.startswith("/") or ".." in Path(name).parts
-
-
-def check_hashes(folder: Path, workers: int, advance: Callable[[int], None]) -> list[Difference]:
-    """What in `folder` is not as its manifest says: files by size and hash, their tensors by hash, the index."""
-    content = read_manifest(folder)
-    algorithm = content["hash_algorithm"]
-    records = records_from_manifest(content)
+def check_hashes(folder: Path, manifest: Manifest, workers: int, advance: Callable[[int], None]) -> list[Difference]:
+    """What in `folder` is not as `manifest` says: files by size and hash, their tensors by hash, the index."""
     differences = [Difference(JOURNAL, "the folder is being converted into")] if (folder / JOURNAL).exists() else []
-    extra = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in content["files"])
+    named = {record.name for record in manifest.weights}
+    extra = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in named)
     differences += [Difference(name, "not in the manifest") for name in extra]
-    for name, entry in content["companions"].items():
-        records.append(FileRecord(name, entry["size"], entry["hash"]))
-    differences += _check_index(folder, content)
+    differences += _check_index(folder, manifest)
+    records = manifest.weights + manifest.companions
     with ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(lambda record: list(_check_file(folder, record, algorithm, advance)), records):
+        for found in pool.map(lambda r: list(_check_file(folder, r, manifest.algorithm, advance)), records):
             differences += found
     return differences
 
 
-def _check_index(folder: Path, content: Mapping[str, Any]) -> list[Difference]:
-    name = EP_INDEX if content["layout"] == "ep-sharded" else HF_INDEX
+def _check_index(folder: Path, manifest: Manifest) -> list[Difference]:
+    name = EP_INDEX if manifest.layout == "ep-sharded" else HF_INDEX
     expected: dict[str, Any] = {}
-    for tensor in content["tensors"]:
-        if "ep_rank" in tensor:
-            expected.setdefault(tensor["name"], []).append(tensor["file"])
-        else:
-            expected[tensor["name"]] = tensor["file"]
+    for record in manifest.weights:
+        for tensor in record.tensors:
+            if tensor.ep_rank is None:
+                expected[tensor.name] = record.name
+            else:
+                expected.setdefault(tensor.name, []).append(record.name)
     try:
         weight_map = json.loads((folder / name).read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [Difference(name, f"cannot be understood: {error!r}")]
     return [] if weight_map == expected else [Difference(name, "its weight_map is not the manifest's")]
 

@@ -15,7 +15,7 @@ from typing import Any
 from conversion.checkpoint import JOURNAL, MANIFEST
 from conversion.errors import UsageError
 from conversion.hashing import hash_file
-from conversion.manifest import FileRecord, records_from_manifest, write_atomically
+from conversion.manifest import FileRecord, parse_manifest, write_atomically
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class History:
     fingerprint: str
     algorithm: str
     records: dict[str, FileRecord]
-    finished: bool
 
 
 def start(output: Path, fingerprint: str, algorithm: str, records: list[FileRecord]) -> None:
@@ -60,14 +59,13 @@ def read_history(output: Path) -> History | None:
         lines, finished = [], True
     try:
         if finished:
-            content = json.loads((output / MANIFEST).read_bytes())
-            records = {record.name: record for record in records_from_manifest(content)}
-            return History(content["fingerprint"], content["hash_algorithm"], records, True)
+            content = parse_manifest((output / MANIFEST).read_bytes())
+            return History(content.fingerprint, content.algorithm, {r.name: r for r in content.weights})
         first = json.loads(lines[0])
         # Whatever follows the last newline is the torn end of a line whose file will be written again.
         entries = (FileRecord.from_json(json.loads(line)) for line in lines[1:-1])
-        return History(first["fingerprint"], first["hash_algorithm"], {e.name: e for e in entries}, False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return History(first["fingerprint"], first["hash_algorithm"], {e.name: e for e in entries})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         name = MANIFEST if finished else JOURNAL
         raise UsageError(f"{output / name} cannot be understood ({error!r}); --overwrite starts anew") from None
 

@@ -56,15 +56,26 @@ class FileRecord:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "FileRecord":
-        """Raises KeyError or TypeError when `entry` is not what `to_json` gives."""
+        """Raises KeyError, TypeError or ValueError when `entry` is not what `to_json` gives."""
         tensors = []
         for tensor in entry["tensors"]:
             findings = Findings(**tensor.get("findings", {}))
-            fields: dict[str, Any] = (
-                {"ep_rank": None} | dict(tensor) | {"shape": tuple(tensor["shape"]), "findings": findings}
-            )
-            tensors.append(TensorRecord(**fields))
+            _check_types(asdict(findings), nan=int, inf=int, overflow=int)
+            _check_types(tensor, name=str, dtype=str, shape=list, hash=str, source_hash=str)
+            if not all(type(size) is int for size in tensor["shape"]) or type(tensor.get("ep_rank", 0)) is not int:
+                raise TypeError(f"shape {tensor['shape']!r}, ep_rank {tensor.get('ep_rank')!r}")
+            fields: dict[str, Any] = {"ep_rank": None} | dict(tensor)
+            tensors.append(TensorRecord(**fields | {"shape": tuple(tensor["shape"]), "findings": findings}))
+        _check_types(entry, name=str, size=int, hash=str)
+        if not entry["name"].isprintable() or entry["name"].startswith("/") or ".." in Path(entry["name"]).parts:
+            raise ValueError(f"{entry['name']!r} is no name of a file in the folder")
         return cls(entry["name"], entry["size"], entry["hash"], tuple(tensors))
+
+
+def _check_types(entry: Mapping[str, Any], /, **types: type) -> None:
+    for key, expected in types.items():
+        if type(entry[key]) is not expected:
+            raise TypeError(f"{key} is {entry[key]!r}, expected {expected.__name__}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -153,15 +164,36 @@ def manifest(
     }
 
 
-def records_from_manifest(content: Mapping[str, Any]) -> list[FileRecord]:
-    """The inverse of the part of `manifest` that is about weights. Raises KeyError or TypeError when it is not one."""
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest read back: `weights` and `companions` are what it says of each file."""
+
+    layout: str
+    fingerprint: str
+    algorithm: str
+    weights: tuple[FileRecord, ...]
+    companions: tuple[FileRecord, ...]
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The inverse of `manifest`. Raises KeyError, TypeError, ValueError or RecursionError when `data` is not one."""
+    content = json.loads(data)
+    _check_types({"manifest": content}, manifest=dict)
+    _check_types(content, layout=str, fingerprint=str, hash_algorithm=str, files=dict, companions=dict, tensors=list)
     by_file: dict[str, list[dict[str, Any]]] = {name: [] for name in content["files"]}
     for tensor in content["tensors"]:
+        _check_types({"tensor": tensor}, tensor=dict)
         entry = dict(tensor)
         by_file[entry.pop("file")].append(entry)
-    return [
-        FileRecord.from_json({"name": name, **content["files"][name], "tensors": by_file[name]}) for name in by_file
-    ]
+    files: dict[str, list[FileRecord]] = {"files": [], "companions": []}
+    for kind, records in files.items():
+        for name, entry in content[kind].items():
+            _check_types({"entry": entry}, entry=dict)
+            tensors = by_file[name] if kind == "files" else []
+            records.append(FileRecord.from_json({"name": name, "size": entry["size"], "hash": entry["hash"],
+                                                 "tensors": tensors}))  # fmt: skip
+    return Manifest(content["layout"], content["fingerprint"], content["hash_algorithm"],
+                    tuple(files["files"]), tuple(files["companions"]))  # fmt: skip
 
 
 def dump(content: Mapping[str, Any]) -> bytes:

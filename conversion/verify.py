@@ -43,11 +43,11 @@ def verify(args: argparse.Namespace) -> None:
     """Run as the parsed `args` say. Raises VerificationError, which names the differences."""
     folder_a, _ = resolve_input(args.a)
     if args.hashes:
-        content = read_manifest(folder_a)
-        total = sum(entry["size"] for entry in content["files"].values())
+        manifest = read_manifest(folder_a)
+        total = sum(record.size for record in manifest.weights + manifest.companions)
         with Progress(total, args.quiet) as progress:
-            differences = check_hashes(folder_a, args.workers, progress.advance)
-        equal = f"{args.a}: {len(content['files'])} file(s), {total / 1e9:.2f} GB, as the manifest says"
+            differences = check_hashes(folder_a, manifest, args.workers, progress.advance)
+        equal = f"{args.a}: {len(manifest.weights)} file(s), {total / 1e9:.2f} GB, as the manifest says"
     else:
         folder_b, _ = resolve_input(args.b)
         a, b = open_checkpoint(folder_a, args.layout_a), open_checkpoint(folder_b, args.layout_b)

@@ -84,7 +84,8 @@ def make_checkpoint(folder: Path, config: dict[str, Any], sparse: bool = False) 
         room -= nbytes
     # Exponents of values about 0.01; the block's length shares no factor with a row's, so that no two rows are equal.
     block = np.random.default_rng(0).integers(0, 2**16, 2**24 + 1, dtype=np.uint16) & 0x80FF | 0x3C00
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         size = sum(2 * int(np.prod(shape)) for _, _, shape in shard)

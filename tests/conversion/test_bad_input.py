@@ -26,6 +26,7 @@ OTHER_SHARD = "model-00002-of-00002.safetensors"
 GATE_UP = "model.language_model.layers.0.mlp.experts.gate_up_proj"
 NORM = "model.language_model.norm.weight"  # in the other shard
 VISUAL = "model.visual.pos_embed.weight"  # in the first
+QKV = "model.visual.blocks.0.attn.qkv.weight"
 
 
 def nothing(folder: Path) -> None:
@@ -170,7 +171,7 @@ BAD_INPUT: dict[str, tuple[Damage, int, str]] = {
     "metadata not strings": (edit_header(lambda h: h.update(__metadata__={"a": 1})), 1, "not an object of strings"),
     "tensor entry without shape": (edit_header(lambda h: h[VISUAL].pop("shape")), 1, "expected dtype, shape and data"),
     "overlapping offsets": (edit_header(overlapping), 1, "overlaps the tensor before it"),
-    "gap between tensors": (edit_header(lambda h: h.pop("model.visual.blocks.0.attn.qkv.weight")), 1, "leaves a gap before it"),
+    "gap between tensors": (edit_header(lambda h: h.pop(QKV)), 1, "leaves a gap before it"),
     "offsets backwards": (set_first("data_offsets", lambda o: o[::-1]), 1, "takes"),
     "negative offsets": (set_first("data_offsets", [-2, 0]), 1, "expected a list of non-negative integers"),
     "offsets as text": (set_first("data_offsets", ["0", "8"]), 1, "expected a list of non-negative integers"),
