@@ -151,10 +151,96 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = F
     return y.view(x.shape)
 
 
-def rotate_qkv_(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, back: bool = False
+@triton.jit
+def _joint_kernel(
+    query,
+    key,
+    value,
+    joint,
+    cos,
+    sin,
+    rows,
+    N,
+    HALF,
+    token_stride,
+    BACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """joint (P, 3, N, D) -> itself rotated at `query` (P, 3, N, D), or, going back, three (P, N, D) -> joint."""
+    part = tl.program_id(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < HALF)
+    token, head = row // N, row % N
+    whole = token * 3 * token_stride + part * token_stride + head * 2 * HALF + column
+    if BACK:
+        source = query
+        if part == 1:
+            source = key
+        if part == 2:
+            source = value
+        source = source + token * token_stride + head * 2 * HALF + column
+        target = joint + whole
+    else:
+        source = joint + whole
+        target = query + whole
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    if part < 2:
+        c = tl.load(cos + token * 2 * HALF + column, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + token * 2 * HALF + column, mask=mask, other=0.0).to(tl.float32)
+        if BACK:
+            s = -s
+        turned = first * c - second * s
+        second = second * c + first * s
+        first = turned
+    tl.store(target, first, mask=mask)
+    tl.store(target + HALF, second, mask=mask)
+
+
+def _launch_joint(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    joint: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    back: bool,
+) -> None:
+    tokens, _, heads, dim = joint.shape
+    block = triton.next_power_of_2(dim // 2)
+    tile = max(_TILE // (2 * block), 1)
+    grid = (triton.cdiv(tokens * heads, tile), 3)
+    _joint_kernel[grid](
+        query,
+        key,
+        value,
+        joint,
+        *tables,
+        tokens * heads,
+        heads,
+        dim // 2,
+        heads * dim,
+        BACK=back,
+        ROWS=tile,
+        BLOCK=block,
+    )
+
+
+def rotate_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+    """A joint projection (P, 3 N D) as a new (P, 3, N, D), queries and keys turned by cos and sin (P, D)."""
+    joint = qkv.contiguous().view(qkv.shape[0], 3, heads, -1)
+    out = torch.empty_like(joint)
+    _launch_joint(out, out, out, joint, _tables(cos, sin), back=False)
+    return out
+
+
+def rotate_back_qkv(
+    d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Turn queries and keys of a contiguous joint projection qkv (P, 3 N D) in place; returns it."""
-    turned = qkv.view(qkv.shape[0], 3 * heads, -1)[:, : 2 * heads]  # (P, 2N, D)
-    _launch(turned, turned, *_tables(cos, sin), back)
-    return qkv
+    """The adjoint of `rotate_qkv`: three (P, N, D) -> (P, 3 N D), new."""
+    parts = [part.contiguous() for part in (d_query, d_key, d_value)]
+    tokens, heads, dim = d_query.shape
+    joint = d_query.new_empty(tokens, 3, heads, dim)
+    _launch_joint(*parts, joint, _tables(cos, sin), back=True)
+    return joint.flatten(1)

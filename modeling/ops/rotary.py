@@ -30,14 +30,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return rotate_reference(x, cos, sin)
 
 
-def rotate_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+def rotate_qkv(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value (P, N, D) of a joint projection qkv (P, 3 N D), the first two turned in float32.
 
-    cos and sin (P, D). On a GPU qkv is changed in place and the three are views of it: the projection that made it does
-    not need it again, and a copy would be kept for backward.
+    cos and sin (P, D). On a GPU the three share one new tensor, so that the projection's own is free at once.
     """
-    if use_triton(qkv) and qkv.is_contiguous():
-        return _RotateQKV.apply(qkv, cos, sin, heads).unflatten(-1, (3, heads, -1)).unbind(1)
+    if use_triton(qkv):
+        return _RotateQKV.apply(qkv, cos, sin, heads)
     query, key, value = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
     cos, sin = cos.float(), sin.float()
     query, key = (rotate_reference(x.float(), cos, sin).to(x.dtype) for x in (query, key))
@@ -63,23 +64,20 @@ class _Rotate(torch.autograd.Function):
 
 
 class _RotateQKV(torch.autograd.Function):
-    """forward: rotation of the first two of three, in place; backward: rotation back into a new tensor."""
+    """forward: (P, 3 N D) -> rotated query, rotated key, value; backward: rotation back, joined again, in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+    def forward(ctx: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> tuple:
         from modeling.ops import norm_rotary_triton
 
-        norm_rotary_triton.rotate_qkv_(qkv, cos, sin, heads)
-        ctx.mark_dirty(qkv)
-        ctx.heads = heads
         ctx.save_for_backward(cos, sin)
-        return qkv
+        return norm_rotary_triton.rotate_qkv(qkv, cos, sin, heads).unbind(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_qkv: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(
+        ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
         from modeling.ops import norm_rotary_triton
 
-        # Not in place: the incoming gradient is not ours to change.
-        turned = norm_rotary_triton.rotate_qkv_(d_qkv.clone(), *ctx.saved_tensors, ctx.heads, back=True)
-        return turned, None, None, None
+        return norm_rotary_triton.rotate_back_qkv(d_query, d_key, d_value, *ctx.saved_tensors), None, None, None

@@ -180,8 +180,8 @@ def collate_vision_metadata(
     """Write `batch["multimodal_metadata"]`: everything the forward would otherwise ask the GPU for.
 
     Args:
-        batch: a packed, padded and sliced batch, changed in place. Reads input_ids (1, s), image_mask and video_mask
-            (1, S) and the grids.
+        batch: a packed, padded and sliced batch, changed in place. Reads input_ids (1, s), attention_mask (1, S), the
+            grids, and image_mask and video_mask (1, S), which may be missing where there are no such tokens.
         sp_pad: patches that were appended to pixel_values and pixel_values_videos (VeOmni's interface).
 
     Raises:
@@ -196,8 +196,9 @@ def collate_vision_metadata(
             metadata = vision_metadata(grid_thw, table_side=table_side, merge=merge, padding=padding, name=grid_key)
             entries |= pack_metadata(modality, metadata)
         mask = batch.get(f"{modality}_mask")
-        if mask is not None:
-            entries |= _token_entries(modality, mask, batch["input_ids"].shape[-1])
+        if mask is None:  # none of its tokens anywhere
+            mask = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
+        entries |= _token_entries(modality, mask, batch["input_ids"].shape[-1])
     batch["multimodal_metadata"] = entries
 
 

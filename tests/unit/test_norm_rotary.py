@@ -96,14 +96,14 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float) -> None:
         )
 
         def joint(qkv: torch.Tensor, c: torch.Tensor = cos, s: torch.Tensor = sin, n: int = heads) -> torch.Tensor:
-            return rotary_module._RotateQKV.apply(qkv * 1.0, c, s, n)  # in place on a product, not on the leaf
+            return torch.stack(rotary_module._RotateQKV.apply(qkv, c, s, n), dim=1)
 
         def joint_reference(
             qkv: torch.Tensor, c: torch.Tensor = cos, s: torch.Tensor = sin, n: int = heads
         ) -> torch.Tensor:
             parts = qkv.unflatten(-1, (3, n, -1))
             turned = rotate_reference(parts[:, :2], c[:, None], s[:, None])
-            return torch.cat((turned, parts[:, 2:]), dim=1).flatten(1)
+            return torch.cat((turned, parts[:, 2:]), dim=1)
 
         compare(joint, joint_reference, torch.randn(tokens, 3 * heads * dim, generator=generator))
 

@@ -69,8 +69,8 @@ def test_collate_hook() -> None:
     image_mask = torch.tensor([[0, 1, 1, 1, 0, 1, 0, 0]]).bool()
     batch = {
         "input_ids": torch.zeros(1, 4, dtype=torch.long),
+        "attention_mask": torch.ones(1, 8, dtype=torch.long),
         "image_mask": image_mask,
-        "video_mask": torch.zeros_like(image_mask),
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
     }
     hook(batch, {"pixel_values": 8, "pixel_values_videos": 0})
@@ -79,7 +79,9 @@ def test_collate_hook() -> None:
     assert entries["vit_image_cu_seqlens"].tolist() == [0, 16, 24]
     assert entries["vit_image_max_seqlen"] == 16 and type(entries["vit_image_max_seqlen"]) is int
     assert entries["image_token_indices"].tolist() == [1, 2, 3, 5]
-    assert entries["image_token_counts"] == [3, 1] and entries["video_token_counts"] == [0, 0]
+    assert entries["image_token_counts"] == [3, 1]
+    # No mask for videos: no tokens, and nothing left for the forward to look for.
+    assert entries["video_token_counts"] == [0, 0] and entries["video_token_indices"].numel() == 0
     assert unpack_metadata("image", entries).num_patches == 16
     assert unpack_metadata("video", entries) is None
 
