@@ -125,12 +125,20 @@ def _eager_segments(
     return _per_segment(attend, query, key, value, cu_seqlens)
 
 
+@cache
+def _varlen_options() -> frozenset[str]:
+    """The keywords that the installed torch's varlen_attn takes; they grew between torch 2.11 and 2.14."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def _torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    accepted = inspect.signature(varlen_attn).parameters  # the signature grew between torch 2.11 and 2.14
+    accepted = _varlen_options()
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in accepted:
         options["window_size"] = (-1, 0) if causal else (-1, -1)
