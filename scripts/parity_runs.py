@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from conversion.checkpoint import open_checkpoint
 from scripts.layerwise import build_layerwise, read_any_layout, read_by_shape
@@ -29,7 +30,7 @@ class Record:
 class Recorder:
     """Hooks on the modules that both implementations have, under the same names."""
 
-    def __init__(self, model: Any, routes: list[torch.Tensor] | None) -> None:
+    def __init__(self, model: Any, num_batches: int, routes: list[torch.Tensor] | None) -> None:
         self.parts: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
         self.real_tokens = torch.empty(0)  # (B*S,) bool of the batch that is running
         self.rows = slice(0, 0)  # its rows among those of all batches
@@ -42,8 +43,10 @@ class Recorder:
             if routes is not None:
                 self.hold(router, routes[i])
             self.watch(router, "experts", i, lambda output: self.keep(output[2]).sort(-1).values)
+        # Standard error, and only where that is a terminal: a large model takes minutes for a run.
+        self.progress = tqdm(total=len(text.layers) * num_batches, unit="layer", leave=False, disable=None)
         for i, layer in enumerate(text.layers):
-            self.watch(layer, "layers", i, self.keep)
+            self.watch(layer, "layers", i, self.keep_layer)
         self.watch(model.lm_head, "logits", 0, self.keep)
 
     def keep(self, output: Any) -> torch.Tensor:
@@ -51,6 +54,10 @@ class Recorder:
         values = (output[0] if isinstance(output, tuple) else output).detach()
         values = values.flatten(0, -2)[self.real_tokens].cpu()
         return values.float() if values.is_floating_point() else values
+
+    def keep_layer(self, output: Any) -> torch.Tensor:
+        self.progress.update()
+        return self.keep(output)
 
     def watch(self, module: nn.Module, kind: str, number: int, read: Callable[[Any], torch.Tensor]) -> None:
         """Append what `read` makes of the module's output at every forward."""
@@ -73,6 +80,7 @@ class Recorder:
         self.hooks.append(router.register_forward_hook(hook))
 
     def result(self) -> Record:
+        self.progress.close()
         for hook in self.hooks:
             hook.remove()
 
@@ -84,7 +92,7 @@ class Recorder:
 
 def record(model: Any, batches: list[Batch], routes: list[torch.Tensor] | None = None) -> Record:
     """One forward per batch, in eval mode; with `routes`, (rows, K) of each MoE layer, the routing is held to those."""
-    recorder = Recorder(model, routes)
+    recorder = Recorder(model, len(batches), routes)
     for batch in batches:
         recorder.real_tokens = batch["attention_mask"].flatten().bool()
         start = recorder.rows.stop

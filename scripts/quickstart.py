@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the checkpoints and the report")
     args = parser.parse_args(argv)
     started = time.monotonic()
+    transformers.utils.logging.disable_progress_bar()
     hub, converted = args.out / "hub", args.out / "veomni"
     for folder in (hub, converted):
         shutil.rmtree(folder, ignore_errors=True)
