@@ -13,7 +13,7 @@ in a thread, `prefetch` packs ahead of the training loop.
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,7 +106,12 @@ class PackedStream:
         else:
             self._order, self._position = order.after(positions), Position()
 
-    def __iter__(self) -> Iterator[Pack]:
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where iterating begins, as a pack's `position` tells where it goes on."""
+        return _as_json(self._order, self._position)
+
+    def __iter__(self) -> Generator[Pack, None, None]:
         if not self.prefetch:
             yield from self._packs()
             return
@@ -171,14 +176,13 @@ class PackedStream:
         features = [feature for _, feature in chosen]
         waiting = [index for _, (index, _) in packer.waiting]
         lines = [self.files.locate(order.number(index)) for index, _ in chosen]
-        described = {"size": order.size, "seed": order.seed, "first": order.first, "start": order.start}
         batch = self.collator(features) if features else {}
         return Pack(
             batch={key: _pinned(value) for key, value in batch.items()} if self.pin_memory else batch,
             samples=[f"{path}:{line}" for path, line in lines],
             tokens=sum(feature["input_ids"].numel() for feature in features),
             bad=bad,
-            position={**asdict(Position(position.taken, waiting)), "order": described},
+            position=_as_json(order, Position(position.taken, waiting)),
         )
 
     def _features(self, order: SampleOrder, position: Position) -> Iterator[tuple[int, Feature | BadSample, bool]]:
@@ -208,6 +212,11 @@ class PackedStream:
                 # Copied: a tensor that lies in a worker's shared memory holds a file descriptor, and they are few.
                 feature = {key: value.clone() for key, value in feature.items()}
             yield index, feature, is_new
+
+
+def _as_json(order: SampleOrder, position: Position) -> dict[str, Any]:
+    described = {"size": order.size, "seed": order.seed, "first": order.first, "start": order.start}
+    return {**asdict(position), "order": described}
 
 
 def _unchanged(feature: Any) -> Any:

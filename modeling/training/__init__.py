@@ -1,0 +1,1 @@
+"""Training from chat files to a checkpoint; `scripts/train.py` is its command line."""

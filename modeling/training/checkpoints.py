@@ -1,0 +1,118 @@
+"""Checkpoints of a run: written while training goes on, whole or absent, the newest few kept, found again by step.
+
+    RUN/checkpoints/step-00000200/            complete, since it has this name
+        __0_0.distcp ... .metadata            trained parameters and optimizer state (torch.distributed.checkpoint)
+        progress.json                         step, data positions, counters
+    RUN/checkpoints/step-00000400.partial/    being written, or what a killed run left
+
+A folder gets its name when every rank has written its part. Frozen parameters are not in it: they come from the
+checkpoint that the run started from.
+"""
+
+import json
+import re
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from modeling.distributed.failures import fail_together
+from modeling.distributed.parallel_state import ParallelState
+
+_COMPLETE = re.compile(r"step-(\d{8})")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is a collective unless it says otherwise."""
+
+    def __init__(self, folder: Path, state: ParallelState, keep: int, asynchronous: bool) -> None:
+        self.folder, self.state, self.keep, self.asynchronous = folder, state, keep, asynchronous
+        self.pending: tuple[Path, Future[Any]] | None = None
+        # A group of its own: the writer's exchanges must not meet the training loop's.
+        self.group: Any = dist.new_group(backend="gloo")
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints on disk, in order. Not a collective."""
+        found = [_COMPLETE.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, as rank 0 sees it."""
+        box = [self.steps()[-1:] if self.state.rank == 0 else []]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0][0] if box[0] else None
+
+    def _content(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+        return {"model": weights, "optimizer": moments}
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], wait: bool
+    ) -> None:
+        """Write a checkpoint; in the background unless `wait`. The one before it is finished first."""
+        self.finish()
+        path = self._path(step)
+        partial = path.with_name(path.name + ".partial")
+        with fail_together(self.state.world_group):
+            if self.state.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / "progress.json").write_text(json.dumps({"step": step} | progress), encoding="utf-8")
+        content = self._content(model, optimizer)
+        if self.asynchronous and not wait:
+            future = dcp.async_save(content, checkpoint_id=partial, process_group=self.group)
+            assert isinstance(future, Future)
+            self.pending = (path, future)
+            return
+        dcp.save(content, checkpoint_id=partial, process_group=self.group)
+        self._name(path)
+
+    def poll(self) -> None:
+        """Give a checkpoint that is written its name. Not a collective, and waits for nothing."""
+        if self.pending is not None and self.pending[1].done():
+            path, future = self.pending
+            self.pending = None
+            future.result()
+            self._name(path)
+
+    def finish(self) -> None:
+        """Wait for what is being written. Not a collective, but every rank does it."""
+        if self.pending is not None:
+            self.pending[1].exception()
+            self.poll()
+
+    def _name(self, path: Path) -> None:
+        """Rank 0's write is done when all are: the metadata comes last."""
+        if self.state.rank != 0:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        path.with_name(path.name + ".partial").rename(path)
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self._path(step))
+
+    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Fill model and optimizer, on whatever mesh they are now; returns the progress that was saved."""
+        path = self._path(step)
+        with fail_together(self.state.world_group):
+            if not (path / ".metadata").exists() or not (path / "progress.json").exists():
+                raise ValueError(f"{path} is no complete checkpoint; remove it, or resume from another.")
+            progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        content = self._content(model, optimizer)
+        dcp.load(content, checkpoint_id=path, process_group=self.group)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=content["model"],
+            optim_state_dict=content["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+        return progress
