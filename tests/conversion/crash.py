@@ -7,16 +7,17 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from conversion import hf_to_veomni
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["conversion.hf_to_veomni", "tests.conversion.crash"])
+# There is one such server in a session, started by whoever comes first: the distributed tests' ranks come from it, too.
+_CONTEXT.set_forkserver_preload(["tests.conversion.crash", "tests.distributed.ranks"])
 
 # The calls that decide what of the output is there after a crash.
 _STEPS = ("fsync", "replace", "unlink", "mkdir")
 
 
 def _convert(arguments: list[str], die_at: int | None, counted: Path | None) -> None:
-    from conversion import hf_to_veomni
-
     steps = 0
 
     def dying(call: Callable[..., object]) -> Callable[..., object]:
