@@ -13,7 +13,7 @@ from types import FrameType
 from conversion.budget import make_budget
 from conversion.checkpoint import open_checkpoint
 from conversion.companions import find_companions
-from conversion.convert import Settings, check_disk, check_folders, run_plan
+from conversion.convert import Settings, check_folders, measure_disk, run_plan
 from conversion.errors import ConversionError
 from conversion.hub import resolve_input
 from conversion.layout import LAYOUTS, Stamp
@@ -82,10 +82,12 @@ def convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     target = Stamp(args.target, ep_size or 1)
     plan = make_plan(source, target, DTYPES.get(args.dtype), args.max_shard_size, args.keep_unknown)
     budget = make_budget(plan, args.max_ram, args.workers)
-    needed, free = check_disk(plan, companions, args.output)
+    disk = measure_disk(plan, companions, args.output)
     if args.dry_run:
-        print(describe_plan(plan, companions, budget, needed, free, args.workers))
+        print(describe_plan(plan, companions, budget, disk, args.workers))
+        disk.check()
         return
+    disk.check()
     for name in companions.left_out:
         log(f"left out: {name}")
     options = {

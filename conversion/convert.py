@@ -64,9 +64,25 @@ def check_folders(source: Path, output: Path, settings: Settings) -> None:
         )
 
 
-def check_disk(plan: Plan, companions: Companions, output: Path) -> tuple[int, int]:
-    """(bytes to write, bytes free); raises InputError when it will not fit. What is there already is written over."""
-    needed = sum(file.size for file in plan.files) + companions.nbytes
+@dataclass(frozen=True)
+class Disk:
+    """Bytes to write, and bytes free for them on the disk of `folder`."""
+
+    needed: int
+    free: int
+    folder: Path
+
+    def check(self) -> None:
+        """Raise InputError when it will not fit."""
+        if self.needed > self.free:
+            raise InputError(
+                f"the output takes {self.needed / 1e9:.2f} GB, the disk of {self.folder} has {self.free / 1e9:.2f} GB "
+                f"free; free {(self.needed - self.free) / 1e9:.2f} GB or choose another disk"
+            )
+
+
+def measure_disk(plan: Plan, companions: Companions, output: Path) -> Disk:
+    """What the output takes, and what there is; weights in the output folder count free, since they are replaced."""
     existing = output
     while not existing.exists():
         existing = existing.parent
@@ -74,12 +90,7 @@ def check_disk(plan: Plan, companions: Companions, output: Path) -> tuple[int, i
     free = status.f_bavail * status.f_frsize
     if output.is_dir():
         free += sum(path.stat().st_blocks * 512 for path in output.iterdir() if SAFETENSORS in path.suffixes)
-    if needed > free:
-        raise InputError(
-            f"the output takes {needed / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free; free "
-            f"{(needed - free) / 1e9:.2f} GB or choose another disk"
-        )
-    return needed, free
+    return Disk(sum(file.size for file in plan.files) + companions.nbytes, free, existing)
 
 
 def run_plan(

@@ -1,13 +1,15 @@
 """What a run tells: the dry run's plan, the findings in the values, the summary."""
 
+import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from conversion.budget import Budget, peak_bytes
 from conversion.companions import Companions
-from conversion.convert import Outcome
+from conversion.convert import Disk, Outcome
 from conversion.hashing import PREFERRED, new_hasher
 from conversion.manifest import FileRecord
 from conversion.plan import Plan
@@ -17,10 +19,10 @@ from conversion.transpose import choose_kernel
 
 # What the disk takes is not measured, since a dry run writes nothing: one consumer SSD, or one cloud disk.
 ASSUMED_WRITE_RATE = 0.5e9
-_SAMPLE_BYTES = 64 * 2**20
+_SAMPLE_BYTES = 16 * 2**20
 
 
-def describe_plan(plan: Plan, companions: Companions, budget: Budget, needed: int, free: int, workers: int) -> str:
+def describe_plan(plan: Plan, companions: Companions, budget: Budget, disk: Disk, workers: int) -> str:
     """The table that --dry-run prints."""
     source = plan.source
     read = sum(header.size for header in source.headers)
@@ -34,7 +36,7 @@ def describe_plan(plan: Plan, companions: Companions, budget: Budget, needed: in
     seconds, by = estimate_seconds(plan, workers)
     rows += [
         "",
-        f"disk:   {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free",
+        f"disk:   {disk.needed / 1e9:.2f} GB to write, {disk.free / 1e9:.2f} GB free",
         f"memory: at most {budget.peak / 1e6:.0f} MB, {budget.slots} pieces of {budget.arena_bytes / 1e6:.0f} MB",
         f"time:   about {duration(seconds)}, {by}",
     ]
@@ -46,19 +48,33 @@ def describe_plan(plan: Plan, companions: Companions, budget: Budget, needed: in
 def estimate_seconds(plan: Plan, workers: int) -> tuple[float, str]:
     """Seconds a run will take, and what that rests on: a sample of the source read, transposed and hashed here."""
     largest = max(plan.source.headers, key=lambda header: header.size)
-    sample = np.zeros(min(_SAMPLE_BYTES, largest.size) // 4096 * 4096, np.uint8)
-    started = time.perf_counter()
-    read_into(largest.path, 0, sample)
-    read_rate = max(1, sample.size) / (time.perf_counter() - started)
-    matrix = np.zeros((2048, 1536), np.uint16)
-    started = time.perf_counter()
-    choose_kernel(plan.transposed_bytes)(np.empty(matrix.shape[::-1], np.uint16), matrix)
-    new_hasher(PREFERRED).update(byte_view(matrix))
-    work_rate = matrix.nbytes / (time.perf_counter() - started) * workers
-    rates = {"reading": read_rate, "transposing and hashing": work_rate, "writing": ASSUMED_WRITE_RATE}
+    sample = np.ones(min(_SAMPLE_BYTES, largest.size) // 8 * 8, np.uint8)
+    matrix, out = np.ones((2048, 1536), np.uint16), np.ones((1536, 2048), np.uint16)
+    kernel = choose_kernel(plan.transposed_bytes)
+
+    def work() -> None:
+        if plan.transposed_bytes:
+            kernel(out, matrix)
+        for _ in range(3):  # the source, the tensor, the file
+            new_hasher(PREFERRED).update(byte_view(out))
+
+    rates = {
+        "reading": sample.size / _best_time(lambda: read_into(largest.path, 0, sample)),
+        "transposing and hashing": out.nbytes / _best_time(work) * min(workers, os.cpu_count() or 1),
+        "writing": ASSUMED_WRITE_RATE,
+    }
     slowest = min(rates, key=lambda name: rates[name])
     shown = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in rates.items())
     return plan.data_bytes / rates[slowest], f"bound by {slowest} ({shown} GB/s; the disk's writing is assumed)"
+
+
+def _best_time(call: Callable[[], None]) -> float:
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def findings_lines(records: list[FileRecord]) -> list[str]:
