@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from modeling.distributed.sequence_parallel import gather_heads_scatter_seq, gather_seq_scatter_heads, group_size
+from modeling.ops import attention_operator
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -125,6 +126,46 @@ def _eager_segments(
     return _per_segment(attend, query, key, value, cu_seqlens)
 
 
+def segments_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of attention per segment, written out: dS = P * (dP - rowsum(dO * O)) (Dao et al., 2022, eq. 4)."""
+    groups = query.shape[1] // key.shape[1]
+    d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    start = 0
+    for segments, length in _equal_runs(cu_seqlens):
+        part = slice(start, start + segments * length)
+        q, k, v, o, d_o = (
+            x[part].unflatten(0, (segments, length)).transpose(1, 2) for x in (query, key, value, out, d_out)
+        )
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (n, N, L, D)
+        scores = q @ k.transpose(2, 3) * scale
+        if causal:
+            future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32)
+        d_weights = (d_o @ v.transpose(2, 3)).float()
+        d_scores = (weights * (d_weights - (d_o * o).float().sum(-1, keepdim=True)) * scale).to(q.dtype)
+        shared = (segments, -1, groups, length, q.shape[-1])
+        for target, grad in (
+            (d_query, d_scores @ k),
+            (d_key, (d_scores.transpose(2, 3) @ q).view(shared).sum(2)),
+            (d_value, (weights.to(q.dtype).transpose(2, 3) @ d_o).view(shared).sum(2)),
+        ):
+            target[part] = grad.transpose(1, 2).flatten(0, 1)
+        start = part.stop
+    return d_query, d_key, d_value
+
+
 @cache
 def _varlen_options() -> frozenset[str]:
     """The keywords that the installed torch's varlen_attn takes; they grew between torch 2.11 and 2.14."""
@@ -183,6 +224,60 @@ def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any)
     from flash_attn.cute import flash_attn_varlen_func
 
     return _flash_attention(flash_attn_varlen_func, query, key, value, **kwargs)
+
+
+def flash_attention_4_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """flash-attn 4 without autograd: the output (T, N, D) and the log-sum-exp of the scores (N, T) float32."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    out, lse = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=causal,
+        return_lse=True,
+    )
+    return out, lse
+
+
+def flash_attention_4_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `flash_attention_4_with_lse` in query, key and value. The package has no public name for it."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    d_query, d_key, d_value = _flash_attn_bwd(
+        query,
+        key,
+        value,
+        out,
+        d_out,
+        lse,
+        scale,
+        causal,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+    )
+    return d_query, d_key, d_value
 
 
 def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
@@ -246,8 +341,12 @@ def varlen_attention(
     Returns:
         (T, N, D), or (t, N, D) with a group; rows of one segment independent of every other segment, bit for bit.
     """
-    backend = VARLEN_BACKENDS[select_varlen_backend(implementation, query.device, query.dtype)]
+    backend = select_varlen_backend(implementation, query.device, query.dtype)
     if group is not None and group_size(group) > 1:
         query, key, value = exchange_heads(query, key, value, group)
-    out = backend(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale)
+    options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
+    if torch.compiler.is_compiling() and backend in attention_operator.OPAQUE:
+        out = attention_operator.varlen_attention(query, key, value, **options, backend=backend)
+    else:
+        out = VARLEN_BACKENDS[backend](query, key, value, **options)
     return gather_heads_scatter_seq(out, head_dim=1, seq_dim=0, group=group)

@@ -70,6 +70,22 @@ def test_on_the_gpu(implementation: str, causal: bool, heads: tuple[int, int], m
     check(implementation, causal, heads, torch.bfloat16, "cuda", bound=1e-2)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_written_out_backward_is_autograds(causal: bool) -> None:
+    """The formula that compiled blocks use on the CPU."""
+    from modeling.ops.attention import segments_backward
+
+    query, key, value, cu_seqlens = packed()
+    options = {"cu_seqlens": cu_seqlens, "max_seqlen": 12, "causal": causal, "scale": 0.3}
+    out = varlen_attention(query, key, value, **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(out, (query, key, value), grad)
+    with torch.no_grad():
+        found = segments_backward(grad, query, key, value, out, **options)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows_and_empty_segments() -> None:
     query = torch.randn(4, 2, 8)
     options = {"max_seqlen": 4, "causal": True, "scale": 0.3}
