@@ -144,6 +144,18 @@ def set_recompute(model: Any, recompute: str) -> None:
             module.gradient_checkpointing = True
 
 
+def compile_blocks(model: Any, parallel_state: ParallelState | None = None) -> None:
+    """torch.compile every block of `model` (or of a part of it), in place; the first step then takes its time.
+
+    Blocks have no graph break on one rank, and a break is an error there; the exchanges of sequence and expert
+    parallelism are left to run as they are, between compiled pieces. Call it before `parallelize_model`.
+    """
+    state = parallel_state or get_parallel_state()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(fullgraph=not (state.sp_enabled or state.ep_enabled))
+
+
 def _shard(model: Any, state: ParallelState, policy: MixedPrecisionPolicy, reshard_after_forward: bool | int) -> None:
     """`fully_shard` bottom-up, then SUM instead of AVG on every unit."""
     shard = partial(fully_shard, mp_policy=policy, reshard_after_forward=reshard_after_forward)
