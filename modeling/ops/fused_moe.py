@@ -5,13 +5,11 @@
     grouped_mm   anywhere                      torch's grouped matrix product; Triton for the element-wise steps on GPUs
     quack        Hopper and newer, bf16        gather and SwiGLU inside the GEMMs (package quack-kernels)
 
-The fast backends share everything but the GEMMs: routes are sorted by expert (`moe_routing.py`), under expert
-parallelism the rows then travel (`distributed/expert_parallel.py`), the backend's two functions run the MLP and its
-adjoint on rows sorted by expert, and a token's rows are summed in fp32 in the order of its routes. With and without
-expert parallelism the arithmetic is the same, step by step: routing weights are fp32 and act once, in that last sum.
-Only x and the pre-activation are kept for backward: (R, H) or (T, H), and (R, 2I).
+The fast backends share everything but the matrix products (`moe_layer.py`). torch.compile sees the layer as one
+operator (`moe_operator.py`); under expert parallelism, whose exchanges have sizes that only a run knows, it breaks the
+graph here.
 
-Letters: T tokens, K routes per token, R = T * K rows, E experts, e experts on this rank, H hidden, I intermediate.
+Letters: T tokens, K routes per token, E experts, e experts on this rank, H hidden, I intermediate.
 """
 
 from __future__ import annotations
@@ -19,19 +17,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from modeling.distributed.expert_parallel import ExpertExchange, local_experts, plan_exchange, planned
-from modeling.ops import moe_grouped
+from modeling.distributed.expert_parallel import local_experts
+from modeling.ops import moe_layer, moe_operator
 from modeling.ops.moe_grouped import row_invariant_linear
-from modeling.ops.moe_pointwise import gather_sum
-from modeling.ops.moe_routing import Routing, route_by_expert
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +76,13 @@ def fused_moe_forward(
             )
         out = eager_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj)
     else:
-        experts = _backend_module(backend)
-        ep_size = 1 if ep_group is None else dist.get_world_size(ep_group)
-        # Outside autograd: the choice of experts has no gradient, and a recomputed forward takes it from its first run.
-        routing, exchange = planned(lambda: _plan(top_k_index, gate_up_proj.shape[0] * ep_size, ep_group))
-        out = _FusedExperts.apply(
-            hidden_states, top_k_weights.float(), gate_up_proj, down_proj, routing, exchange, experts
-        )
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown expert backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        arguments = hidden_states, top_k_index, top_k_weights.float(), gate_up_proj, down_proj, backend
+        if torch.compiler.is_compiling() and ep_group is None:
+            out = moe_operator.experts(*arguments)
+        else:
+            out = moe_layer.experts(*arguments, ep_group)
     return out.to(out_dtype)
 
 
@@ -110,9 +103,14 @@ def eager_experts(
     return out.to(hidden_states.dtype)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def default_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int) -> str:
     """The fastest backend that runs experts of this size on `device` in `dtype`. Decided and logged once for each."""
+    return _decide(device, dtype, hidden_size, intermediate_size)
+
+
+@functools.cache
+def _decide(device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int) -> str:
     backend, why = _choose_backend(device, dtype, hidden_size, intermediate_size)
     logger.info("expert backend on %s in %s: %s (%s)", device, dtype, backend, why)
     return backend
@@ -133,77 +131,6 @@ def _choose_backend(
     if importlib.util.find_spec("quack") is None:
         return "grouped_mm", "quack-kernels is not installed; pip install 'qwen3-vl-moe-veomni[hopper]'"
     return "quack", "Hopper or newer with quack-kernels installed"
-
-
-def _backend_module(backend: str) -> ModuleType:
-    if backend == "grouped_mm":
-        return moe_grouped
-    if backend == "quack":
-        from modeling.ops import moe_quack  # quack-kernels is an optional dependency
-
-        return moe_quack
-    raise ValueError(f"unknown expert backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-
-
-def _plan(
-    top_k_index: torch.Tensor, num_experts: int, ep_group: dist.ProcessGroup | None
-) -> tuple[Routing, ExpertExchange | None]:
-    with torch.no_grad():
-        routing = route_by_expert(top_k_index, num_experts)
-        return routing, None if ep_group is None else plan_exchange(routing.offsets, ep_group)
-
-
-class _FusedExperts(torch.autograd.Function):
-    """The expert layer with its adjoint written out.
-
-    forward:  rows = dispatch(x[token]);  pre, y = MLP(rows);  out = sum_k weight * collect(y)
-    backward: d_rows_out = dispatch(d_out[token]), weights likewise;  MLP's adjoint;  d_x = sum_k collect(d_rows);
-              d_weight = collect(d_row_weight).  Sums throughout; without an exchange dispatch and collect vanish.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_states: torch.Tensor,
-        weights: torch.Tensor,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
-        routing: Routing,
-        exchange: ExpertExchange | None,
-        experts: ModuleType,
-    ) -> torch.Tensor:
-        rows, source, offsets = hidden_states, routing.token, routing.offsets
-        if exchange is not None:
-            rows, source, offsets = exchange.dispatch(hidden_states[routing.token]), exchange.source, exchange.offsets
-        pre, y = experts.forward(rows, source, offsets, gate_up_proj, down_proj)
-        if exchange is not None:
-            y = exchange.collect(y)
-        ctx.save_for_backward(rows, pre, weights, gate_up_proj, down_proj)
-        ctx.routing, ctx.exchange, ctx.experts = routing, exchange, experts
-        return gather_sum(y, routing.position, weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, pre, weights, gate_up_proj, down_proj = ctx.saved_tensors
-        routing, exchange = ctx.routing, ctx.exchange
-        need_x, need_weights, need_gate_up, need_down = ctx.needs_input_grad[:4]
-        source, offsets = routing.token, routing.offsets
-        row_weight = weights.flatten()[routing.route]  # (R,)
-        if exchange is not None:
-            d_out, row_weight = exchange.dispatch(d_out[routing.token]), exchange.dispatch(row_weight)[exchange.source]
-            source, offsets = exchange.source, exchange.offsets
-            # Which gradients are wanted may differ between ranks (one without images, say); the collectives may not.
-            need_x = need_weights = True
-        d_rows, d_row_weight, d_gate_up, d_down = ctx.experts.backward(
-            d_out, rows, source, offsets, pre, row_weight, gate_up_proj, down_proj,
-            need_rows=need_x, need_gate_up=need_gate_up, need_down=need_down,
-        )  # fmt: skip
-        if exchange is not None:
-            d_rows, d_row_weight = exchange.collect(d_rows), exchange.collect(d_row_weight)
-        d_x = gather_sum(d_rows, routing.position) if need_x else None
-        d_weights = d_row_weight[routing.position] if need_weights else None
-        return d_x, d_weights, d_gate_up, d_down, None, None, None
 
 
 def _check(

@@ -1,9 +1,9 @@
 """Output head and loss in one step, so that the (T, V) logits never exist as a whole.
 
 `linear_cross_entropy` is the training loss: it walks over chunks of tokens, and while a chunk's logits are at hand it
-also takes their gradient, adds to the head weight's gradient (fp32) and writes the hidden states' gradient. Backward
-then only scales. `linear_log_probs` gives each token's log-probability and the entropy of its distribution, as policy
-gradient methods need them; its backward makes the logits again, chunk by chunk.
+also takes their gradient, writes the hidden states' gradient and adds to the head weight's. Backward then only scales.
+`linear_log_probs` gives each token's log-probability and the entropy of its distribution, as policy gradient methods
+need them; its backward makes the logits again, chunk by chunk.
 
 Labels come aligned: labels[t] is what row t should predict, the caller has shifted them.
 
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from modeling.ops.triton_support import use_triton
 from modeling.ops.vocab_softmax import logits_gradient_, row_statistics, statistics_and_gradient_
 
 IGNORE_INDEX = -100
-CHUNK_SIZE = 2048
-"""Rows whose logits exist at a time: 0.6 GB of bf16 at V = 151,936."""
+CHUNK_SIZE = 1536
+"""Rows whose logits exist at a time: 0.47 GB of bf16 at V = 151,936."""
 
 
 def linear_cross_entropy(
@@ -133,23 +134,24 @@ def _loss_and_gradients(
     """Loss () fp32, d_hidden (T, H) and d_weight (V, H) in their tensors' dtypes, None where not needed."""
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+    d_weight = _WeightGradient(weight) if need_weight else None
+    d_log_prob = (-scale).expand(hidden.shape[0]).contiguous()  # (T,)
+    logits = None
     for begin in range(0, hidden.shape[0], chunk_size):
         chunk = slice(begin, begin + chunk_size)
         target = labels[chunk]
+        logits = None  # frees the last chunk's before this one's are made
         logits = hidden[chunk] @ weight.T  # (C, V)
         if need_hidden or need_weight:
-            d_log_prob = (-scale).expand(target.shape[0]).contiguous()
-            log_sum, label_logit = statistics_and_gradient_(logits, target, d_log_prob, ignore_index)
+            log_sum, label_logit = statistics_and_gradient_(logits, target, d_log_prob[chunk], ignore_index)
             if d_hidden is not None:
-                torch.mm(logits, weight, out=d_hidden[chunk])
+                d_hidden[chunk] = _product(logits, weight)
             if d_weight is not None:
-                _add_product_(d_weight, logits.T, hidden[chunk])
+                d_weight.add(logits, hidden[chunk])
         else:
             log_sum, label_logit, _ = row_statistics(logits, target, ignore_index)
         loss -= (label_logit - log_sum).where(target != ignore_index, 0).sum()
-        del logits
-    return loss * scale, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+    return loss * scale, d_hidden, None if d_weight is None else d_weight.finish()
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -176,33 +178,69 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, labels, log_sum, entropy = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        d_weight = _WeightGradient(weight) if need_weight else None
+        d_logits = None
         for begin in range(0, hidden.shape[0], ctx.chunk_size):
             chunk = slice(begin, begin + ctx.chunk_size)
+            d_logits = None
             d_logits = logits_gradient_(
                 hidden[chunk] @ weight.T,
                 labels[chunk],
                 log_sum[chunk],
-                d_log_prob[chunk],
+                d_log_prob[chunk].contiguous(),
                 ctx.ignore_index,
                 entropy[chunk],
-                d_entropy[chunk],
+                d_entropy[chunk].contiguous(),
             )
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[chunk])
+                d_hidden[chunk] = _product(d_logits, weight)
             if d_weight is not None:
-                _add_product_(d_weight, d_logits.T, hidden[chunk])
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+                d_weight.add(d_logits, hidden[chunk])
+        return d_hidden, None if d_weight is None else d_weight.finish(), None, None, None
 
 
-def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (fp32) += left @ right, whatever dtype the factors have, without rounding the product to it."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.float(), right.float())
+class _WeightGradient:
+    """The sum over chunks of d_logits.T @ hidden, without rounding each chunk's part to 16 bits.
+
+    bf16 on a GPU: the result itself and 8 more bits beside it (`vocab_triton.add_product_`). Otherwise fp32.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.dtype = weight.dtype
+        self.extra: torch.Tensor | None = None
+        self.empty = True
+        if use_triton(weight) and weight.dtype == torch.bfloat16:
+            self.total = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            self.extra = torch.empty_like(self.total, dtype=torch.int8)
+        else:
+            self.total = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+    def add(self, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """d_logits (C, V), hidden (C, H)."""
+        if self.extra is not None:
+            from modeling.ops import vocab_triton
+
+            vocab_triton.add_product_(self.total, self.extra, d_logits, hidden.contiguous(), first=self.empty)
+        elif self.dtype == torch.float32:
+            self.total.addmm_(d_logits.T, hidden)
+        elif self.total.is_cuda:
+            torch.addmm(self.total, d_logits.T, hidden, out_dtype=torch.float32, out=self.total)
+        else:
+            self.total.addmm_(d_logits.T.float(), hidden.float())
+        self.empty = False
+
+    def finish(self) -> torch.Tensor:
+        """(V, H) in the weight's dtype."""
+        if self.extra is not None and self.empty:
+            return self.total.zero_()
+        return self.total.to(self.dtype)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right. For a small result cuBLAS would cut the inner dimension and add the parts in 16 bits; not here."""
+    if left.is_cuda and left.dtype != torch.float32 and left.shape[0] * right.shape[1] < 2**21:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
 
 
 def _reciprocal(num_items: float | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -49,8 +49,9 @@ def backward(
     d_act = grouped_linear(d_y, down_proj.transpose(1, 2), offsets)  # (R, I)
     d_pre, weighted_act, d_row_weight = swiglu_backward(d_act, pre, row_weight)
     d_down = grouped_outer(d_y, weighted_act, offsets) if need_down else None
-    d_rows = grouped_linear(d_pre, gate_up_proj.transpose(1, 2), offsets) if need_rows else None
+    del d_y, d_act, weighted_act  # each of a row's width: gone before the next ones come
     d_gate_up = grouped_outer(d_pre, x[source], offsets) if need_gate_up else None
+    d_rows = grouped_linear(d_pre, gate_up_proj.transpose(1, 2), offsets) if need_rows else None
     return d_rows, d_row_weight, d_gate_up, d_down
 
 

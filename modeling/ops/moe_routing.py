@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from modeling.ops.triton_support import use_triton
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -51,12 +53,18 @@ def route_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Routing:
     # A radix sort's cost follows the width of its keys, so they are as narrow as the expert count allows.
     keys = choices.to(torch.uint8 if num_experts <= 256 else torch.int16 if num_experts < 2**15 else torch.int32)
     sorted_keys, order = torch.sort(keys, stable=True)
+    if use_triton(order):
+        from modeling.ops import moe_triton
+
+        return Routing(*moe_triton.lay_out_rows(sorted_keys, order, top_k_index.shape, num_experts))
+    return Routing(*lay_out_rows_reference(sorted_keys, order, top_k_index.shape, num_experts))
+
+
+def lay_out_rows_reference(
+    sorted_keys: torch.Tensor, order: torch.Tensor, shape: torch.Size, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of a `Routing` from the sorted experts (R,), the routes (R,) int64 in that order, and (T, K)."""
     route = order.to(torch.int32)  # (R,)
-    ends = torch.arange(-1, num_experts, device=choices.device)
+    ends = torch.arange(-1, num_experts, device=order.device)
     offsets = torch.searchsorted(sorted_keys.to(ends.dtype), ends, right=True, out_int32=True)  # (E + 1,)
-    return Routing(
-        route=route,
-        token=route // top_k_index.shape[1] if top_k_index.shape[1] else route,
-        position=inverse_permutation(route).view(top_k_index.shape),
-        offsets=offsets,
-    )
+    return route, route // max(shape[1], 1), inverse_permutation(route).view(shape), offsets

@@ -8,18 +8,16 @@ Letters: C rows, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from modeling.ops.triton_support import use_triton
 
 
 def row_statistics(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logits (C, V), labels (C,) -> log sum exp, logit of the label (0 if ignored), entropy in nats; (C,) fp32."""
-    if _HAS_TRITON and logits.is_cuda:
+    if use_triton(logits):
         from modeling.ops import vocab_triton
 
         return vocab_triton.row_statistics(logits, labels, ignore_index)
@@ -40,7 +38,7 @@ def logits_gradient_(
     d log p_y / d z_j = [j = y] - p_j, absent where the label is ignored;  d H / d z_j = -p_j * (log p_j + H).
     The d_ vectors are (C,) fp32; entropy goes with d_entropy.
     """
-    if _HAS_TRITON and logits.is_cuda:
+    if use_triton(logits):
         from modeling.ops import vocab_triton
 
         return vocab_triton.logits_gradient_(logits, labels, log_sum, d_log_prob, ignore_index, entropy, d_entropy)
@@ -51,7 +49,7 @@ def statistics_and_gradient_(
     logits: torch.Tensor, labels: torch.Tensor, d_log_prob: torch.Tensor, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`row_statistics` without the entropy, then `logits_gradient_`, row by row. -> log sum, label logit."""
-    if _HAS_TRITON and logits.is_cuda:
+    if use_triton(logits):
         from modeling.ops import vocab_triton
 
         return vocab_triton.statistics_and_gradient_(logits, labels, d_log_prob, ignore_index)

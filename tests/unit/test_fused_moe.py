@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.ops import fused_moe, moe_pointwise
 from modeling.ops.fused_moe import default_backend, fused_moe_forward
-from modeling.ops.moe_routing import route_by_expert
+from modeling.ops.moe_routing import lay_out_rows_reference, route_by_expert
 
 # (T, H, I, E, K), all distinct. The second has widths that are no multiple of 16 bytes: grouped_mm cannot take it.
 SHAPES = [(37, 24, 20, 7, 3), (37, 22, 10, 7, 3)]
@@ -216,6 +216,35 @@ def test_autocast_computes_in_its_dtype_and_returns_the_callers() -> None:
     assert all(1e-4 < relative(a, b) < 2e-2 for a, b in zip(got, exact, strict=True))
 
 
+@pytest.mark.parametrize(("backend", "frozen"), [(None, None), ("grouped_mm", 2)])
+def test_compiles_without_a_graph_break(backend: str | None, frozen: int | None) -> None:
+    """As one operator: the sort, the loops and kernels inside are not traced."""
+    torch.manual_seed(0)
+    inputs, index, gradient = make_inputs(SHAPES[0]), choose("random", 37, 7, 3), torch.randn(37, 24)
+    expected = run(inputs, index, gradient, "grouped_mm")
+
+    def layer(x: torch.Tensor, w: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return fused_moe_forward(x, index, w, gate_up, down, backend=backend)
+
+    leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(inputs)]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(*leaves).backward(gradient)
+    torch.testing.assert_close(compiled(*leaves), expected[0], rtol=0, atol=0)
+    for i, leaf in enumerate(leaves):
+        if i == frozen:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, expected[i + 1], rtol=0, atol=0)
+
+
+def test_operators_are_registered_as_pytorch_wants_them() -> None:
+    """Schema, fake shapes, autograd and tracing, by PyTorch's own checks."""
+    torch.manual_seed(0)
+    x, w, gate_up, down = (t.requires_grad_() for t in make_inputs(SHAPES[0]))
+    arguments = (x, choose("random", 37, 7, 3), w, gate_up, down, "grouped_mm")
+    torch.library.opcheck(torch.ops.qwen3_vl_moe.experts.default, arguments)
+
+
 def test_routing_sorts_by_expert_and_keeps_token_order() -> None:
     torch.manual_seed(0)
     index = torch.randint(0, 5, (11, 3))
@@ -271,12 +300,12 @@ def test_default_backend_is_chosen_once_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    default_backend.cache_clear()
+    fused_moe._decide.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(fused_moe.importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, logger=fused_moe.__name__):
         assert [default_backend(torch.device(device), dtype, *sizes) for _ in range(3)] == [backend] * 3
-    default_backend.cache_clear()
+    fused_moe._decide.cache_clear()
     assert len(caplog.messages) == 1 and backend in caplog.messages[0] and why in caplog.messages[0]
 
 
@@ -284,6 +313,14 @@ def check_triton_kernels() -> None:
     from modeling.ops import moe_triton
 
     torch.manual_seed(0)
+    for experts, choices in ((6, torch.randint(1, 5, (1500, 3))), (300, torch.randint(0, 300, (1, 1)))):
+        order_of = torch.sort(choices.flatten().to(torch.int16), stable=True)
+        for a, b in zip(
+            moe_triton.lay_out_rows(*order_of, choices.shape, experts),
+            lay_out_rows_reference(*order_of, choices.shape, experts),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
     rows, intermediate, tokens, top_k, hidden = 35, 300, 5, 7, 1100  # no multiple of any block
     pre, d_act, weight = torch.randn(rows, 2 * intermediate), torch.randn(rows, intermediate), torch.rand(rows)
     torch.testing.assert_close(moe_triton.swiglu(pre), moe_pointwise.swiglu_reference(pre))
@@ -323,7 +360,13 @@ def test_gpu_error_against_fp64_is_no_larger_than_upstreams(tokens: int, routes:
     exact = run([t.double() for t in inputs], index, gradient.double(), "eager")
     ours, theirs = run(inputs, index, gradient, backend), run_upstream(inputs, index, gradient)
     for name, a, b, reference in zip(NAMES, ours, theirs, exact, strict=True):
-        assert relative(a, reference) <= 1.1 * relative(b, reference), name
+        bound = 1.1 * float((b.double() - reference).norm())
+        if tokens == 1:
+            # The ratio of two rounding errors means something over many numbers only, and a routing weight's gradient,
+            # a product of the output's gradient with an expert's output, may be near zero.
+            scale = gradient.norm() * exact[0].norm() if name == "top_k_weights" else reference.norm()
+            bound += 2**-6 * float(scale)
+        assert float((a.double() - reference).norm()) <= bound, name
     for a, b in zip(ours, run(inputs, index, gradient, backend), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 

@@ -1,6 +1,7 @@
 """The head without full logits: loss, log-probabilities, entropies and all gradients against the plain formula."""
 
 import multiprocessing
+from functools import partial
 
 import pytest
 import torch
@@ -133,10 +134,13 @@ def test_log_probs_and_entropy_equal_the_plain_formula() -> None:
         assert relative(a, b) <= 2e-6
 
 
-def test_bf16_error_is_no_larger_than_the_plain_paths() -> None:
-    hidden, weight, labels = make(512, torch.bfloat16)
+@pytest.mark.parametrize("chunk_size", [96, 4096])
+def test_bf16_error_is_no_larger_than_the_plain_paths(chunk_size: int) -> None:
+    hidden, _, labels = make(512, torch.bfloat16)
+    weight = (torch.randn(700, H) * 0.5).bfloat16()
+    labels = labels.where(labels < 0, labels * 6)
     results = []
-    for function in (linear_cross_entropy, lambda *a: plain(*a, None)):
+    for function in (partial(linear_cross_entropy, chunk_size=chunk_size), lambda *a: plain(*a, None)):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = function(h, w, labels)
         results.append([loss, *torch.autograd.grad(loss, (h, w))])
@@ -197,6 +201,19 @@ def check_triton_kernel() -> None:
     )
     arguments = (labels, log_sum, d_log_prob, -100)
     torch.testing.assert_close(fused, vocab_softmax.logits_gradient_reference_(logits.clone(), *arguments))
+
+    # For the interpreter, in a process that ends with this test: small blocks, no inline assembly, and fp32, because it
+    # multiplies the bit patterns of bf16; the kernel itself takes any float.
+    vocab_triton._PRODUCT_BLOCKS, vocab_triton.PREFETCH = (64, 64, 32, 4, 2), False
+    left, right = torch.randn(3, 70, 300), torch.randn(3, 70, 90)
+    high, low = torch.empty(300, 90, dtype=torch.bfloat16), torch.empty(300, 90, dtype=torch.int8)
+    for part in range(3):
+        vocab_triton.add_product_(high, low, left[part], right[part], first=part == 0)
+    exact = (left.transpose(1, 2) @ right).sum(0)
+    bits = (high.view(torch.int16).int() << 16) + (low.int() << 8)
+    # 16 bits of mantissa where bf16 has 8: the sum of parts is as good as one rounding of the whole.
+    assert relative(bits.view(torch.float32), exact) < 2**-16
+    assert relative(high, exact) < 1.01 * relative(exact.bfloat16(), exact)
 
 
 def test_triton_kernel_equals_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,88 @@
+"""What the benchmark scripts share: device and versions, ceilings measured in the run, timing, peak memory, JSON."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "quack-kernels", "nvidia-cutlass-dsl", "flash-attn-4", "liger-kernel")
+
+
+def require_gpu() -> None:
+    """End the program with a readable line where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark measures a CUDA device and found none")
+
+
+def describe() -> dict[str, Any]:
+    """Device, versions of what is installed, date, and two ceilings: a large matrix product and a large copy."""
+    from triton.testing import do_bench
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product_ms = do_bench(lambda: a @ b, return_mode="median")
+    source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy_ms = do_bench(lambda: target.copy_(source), return_mode="median")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+        "ceilings": {
+            "matmul_8192_tflops": round(2 * 8192**3 / product_ms / 1e9),
+            "copy_tb_per_s": round(2 * source.nbytes / copy_ms / 1e9, 2),
+        },
+    }
+
+
+def print_description(description: dict[str, Any]) -> None:
+    """Two lines above a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
+    ceilings = description["ceilings"]
+    print(f"{description['device']}, {description['date']}: {versions}")
+    print(
+        f"ceilings: 8192^3 bf16 matmul {ceilings['matmul_8192_tflops']} TFLOP/s, copy {ceilings['copy_tb_per_s']} TB/s"
+    )
+
+
+def median_ms(function: Callable[[], Any], warmup_ms: int = 25, repeat_ms: int = 100) -> float:
+    """Median milliseconds of a call after warm-up, by CUDA events, the L2 cache flushed between calls."""
+    from triton.testing import do_bench
+
+    return float(do_bench(function, warmup=warmup_ms, rep=repeat_ms, return_mode="median"))
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Bytes that one call (after a first one) takes at its peak beyond what was allocated before it."""
+    function()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """||got - exact|| / ||exact||, NaN where got has one."""
+    exact = exact.detach().double()
+    return float((got.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """One small, readable JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
