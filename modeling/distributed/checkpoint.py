@@ -85,8 +85,7 @@ def load_checkpoint(
         model.to_empty(device=state.device_type)
         if tied:
             model.tie_weights()  # type: ignore[operator]
-    with fail_together(state.world_group), ExitStack() as stack, torch.no_grad():
-        reader = _Reader(stored, stack)
+    with fail_together(state.world_group), _Reader(stored) as reader, torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, name, reader, stamp)
     return reader.bytes_read
@@ -171,19 +170,33 @@ def _check(
 
 
 class _Reader:
-    """Slices of stored tensors; files stay open as long as the stack."""
+    """Slices of stored tensors. A context: it keeps one file open, and that not for long, because the pages of a mapped
+    file count as this process's memory until the map goes."""
 
-    def __init__(self, stored: Mapping[Key, StoredTensor], stack: ExitStack) -> None:
+    REOPEN_AFTER = 64 * 2**20
+
+    def __init__(self, stored: Mapping[Key, StoredTensor]) -> None:
         self.stored = stored
-        self.stack = stack
-        self.files: dict[Path, Any] = {}
+        self.path: Path | None = None
+        self.file = ExitStack()
+        self.mapped = 0
         self.bytes_read = 0
 
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
     def read(self, key: Key, index: tuple[slice, ...]) -> Tensor:
+        """A view into the file; good until the next read."""
         path = self.stored[key].path
-        if path not in self.files:
-            self.files[path] = self.stack.enter_context(safe_open(path, framework="pt"))
-        piece = self.files[path].get_slice(key[0])[index]
+        if path != self.path or self.mapped > self.REOPEN_AFTER:
+            self.file.close()
+            self.open = self.file.enter_context(safe_open(path, framework="pt"))
+            self.path, self.mapped = path, 0
+        piece = self.open.get_slice(key[0])[index]
+        self.mapped += piece.nbytes
         self.bytes_read += piece.nbytes
         return piece
 
