@@ -12,8 +12,10 @@ from torch.distributed.tensor import Shard
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    """Regular expression for a pattern; a name may carry a wrapper's prefix (`base_model.model.` of an adapter)."""
-    return re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", r"[^.]+"))
+    """Regular expression for a pattern; a name may carry what adapters add: a prefix (`base_model.model.`), and
+    `base_layer` where a module with adapters wraps the one that holds the parameter."""
+    module, _, parameter = re.escape(pattern).replace(r"\*", r"[^.]+").rpartition(r"\.")
+    return re.compile(rf"(?:.*\.)?{module}(?:\.base_layer)*\.{parameter}" if module else rf"(?:.*\.)?{parameter}")
 
 
 @dataclass(frozen=True)

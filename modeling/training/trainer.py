@@ -223,14 +223,21 @@ class Trainer:
             f"of step {self.progress.step}, and the last checkpoint is untouched."
         )
 
+    def accumulate(self, plan: StepPlan, measure: bool = False) -> list[torch.Tensor]:
+        """Forward and backward of a step's micro-batches: the gradient of the mean over all their tokens on all ranks.
+
+        Returns: (2,) of each micro-batch, this rank's share of the loss and of the balancing loss.
+        """
+        batches = [pack.batch if pack.samples else self._filler() for pack in plan.packs]
+        batches += [self._filler() for _ in range(self.options.accumulation - len(batches))]
+        return [self._micro_batch(batch, plan.valid, measure) for batch in batches]
+
     def _step(self, plan: StepPlan, measure: bool) -> dict[str, Any]:
         """One optimizer step; what it was like."""
         self.schedule.set(self.progress.step)
         # Stateless, so that dropout after a resume, on any mesh, does not depend on how often the run was stopped.
         torch.manual_seed(self.options.seed * 7_919 + self.progress.step * 65_537 + self.state.rank)
-        batches = [pack.batch if pack.samples else self._filler() for pack in plan.packs]
-        batches += [self._filler() for _ in range(self.options.accumulation - len(batches))]
-        shares = [self._micro_batch(batch, plan.valid, measure) for batch in batches]
+        shares = self.accumulate(plan, measure)
         norm = clip_grad_norm_(self.model, self.options.clip or float("inf"), parallel_state=self.state)
         losses = torch.stack(shares).sum(0)
         if self.state.world_group is not None:

@@ -1,0 +1,79 @@
+"""Runs of the trainer as tests use them: small, quiet, on the CPU; what they logged; ranks of a pool that run one."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from modeling.distributed.parallel_state import set_parallel_state
+from modeling.training.options import TrainOptions
+from modeling.training.plots import read_lines
+from scripts.train import main, train
+
+SMALL = {
+    "pack_tokens": 320,
+    "pack_buffer": 12,
+    "workers": 0,
+    "prefetch": 0,
+    "lr": 2e-3,
+    "router_every": 3,
+    "tensorboard": False,
+    "plots": False,
+    "export": False,
+    "device": "cpu",
+    "save_every": 0,
+}
+# What differs from run to run, whatever happens.
+TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gb")
+
+
+def options_of(model: Path, data: Path, out: Path, **changes: Any) -> TrainOptions:
+    return TrainOptions(model=str(model), data=[str(data)], out=str(out), **(SMALL | changes))
+
+
+def arguments_of(options: TrainOptions) -> list[str]:
+    """The command line that gives these options, by way of a config file."""
+    path = Path(options.out).with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(options.to_yaml())
+    return ["--config", str(path)]
+
+
+def run(options: TrainOptions) -> int:
+    """In this process, as the command does; its exit code."""
+    return main(arguments_of(options))
+
+
+def run_rank(options: TrainOptions) -> int:
+    """On a rank of a pool, whose process group stays."""
+    try:
+        return train(options)
+    finally:
+        set_parallel_state(None)
+
+
+def curve(out: Path | str) -> list[dict[str, Any]]:
+    """A run's metrics without what the clock decides."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_lines(Path(out) / "metrics.jsonl")]
+
+
+def terminate_after(out: Path, steps: int) -> threading.Thread:
+    """Send this process SIGTERM once the run in `out` has logged this many steps."""
+    done = threading.Event()
+
+    def watch() -> None:
+        path = out / "metrics.jsonl"
+        while not done.wait(0.01):
+            if path.exists() and path.read_text().count("\n") >= steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,263 @@
+"""The trainer in one process: stops and resumes, exact means, what it refuses, what it leaves behind."""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling.data.collator import IGNORE_INDEX, SequenceParallelCollator
+from modeling.data.streaming import Pack
+from modeling.distributed.parallel_state import set_parallel_state
+from modeling.training.checkpoints import Checkpoints
+from modeling.training.metrics import MetricsWriter
+from modeling.training.optimizer import make_optimizer
+from modeling.training.options import TrainOptions
+from modeling.training.plots import read_lines
+from modeling.training.trainer import NonFiniteLoss, StepPlan, Trainer
+from scripts import train as script
+from tests.training.runs import arguments_of, curve, options_of, read_json, run, terminate_after
+
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_hub: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of STEPS steps with everything on that a run leaves behind."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    options = options_of(
+        tiny_hub, chats, out, max_steps=STEPS, save_every=3, tensorboard=True, plots=True, export=True, keep=2
+    )
+    assert run(options) == 0
+    return out
+
+
+def test_what_a_run_leaves(undisturbed: Path, tiny_hub: Path):
+    lines = read_lines(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["tokens_per_second"] > 0 and line["tflops"] > 0 and line["mfu"] is None for line in lines)
+    router = read_lines(undisturbed / "router.jsonl")
+    assert [line["step"] for line in router] == [3, 6] and router[0]["layers"] == [0, 1, 2, 4]
+    for loads, violations, entropies in zip(
+        router[0]["load"], router[0]["max_violation"], router[0]["entropy"], strict=True
+    ):
+        assert math.isclose(sum(loads), 1, abs_tol=1e-4)
+        assert math.isclose(violations, 16 * max(loads) - 1, abs_tol=1e-3)
+        assert 0 < entropies <= math.log(16)
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {"config.yaml", "loss.png", "experts.png", "throughput.png", "tensorboard", f"export-{STEPS}"} <= names
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step-00000006", "step-00000007"]
+    assert next((undisturbed / "tensorboard").iterdir()).stat().st_size > 1000
+
+
+def test_the_export_is_the_hubs_layout(undisturbed: Path, tiny_hub: Path):
+    """Same names, shapes and dtypes as the checkpoint that training began with, other values, and its processors."""
+    trained, before = ({}, {})
+    for found, folder in ((trained, undisturbed / f"export-{STEPS}"), (before, tiny_hub)):
+        for file in folder.glob("*.safetensors"):
+            found.update(load_file(file))
+    assert {k: (v.shape, v.dtype) for k, v in trained.items()} == {k: (v.shape, v.dtype) for k, v in before.items()}
+    assert sum(not torch.equal(trained[name], before[name]) for name in before) > len(before) // 2
+    assert (undisturbed / f"export-{STEPS}" / "chat_template.jinja").exists()
+    config = read_json(undisturbed / f"export-{STEPS}" / "config.json")
+    assert config["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
+    coefficient = config["text_config"].get("router_aux_loss_coef", 0.001)
+    assert coefficient == 0.001, "the run's own settings do not leak into the model's config"
+
+
+def test_sigterm_saves_and_the_resumed_curve_is_bitwise(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
+    """Stopped in the middle, also of a checkpoint's interval; metrics, parameters and data go on as if nothing was."""
+    out = tmp_path / "run"
+    options = options_of(tiny_hub, chats, out, max_steps=STEPS, prefetch=2)
+    watcher = terminate_after(out, 2)
+    assert run(options) == 0
+    watcher.join()
+    stopped = [path.name for path in (out / "checkpoints").iterdir()]
+    step = int(stopped[0].removeprefix("step-"))
+    assert len(stopped) == 1 and 2 <= step < STEPS, stopped
+    assert run(options) == 0
+    assert curve(out) == curve(undisturbed)
+    assert read_lines(out / "router.jsonl") == read_lines(undisturbed / "router.jsonl")
+
+
+def test_sigkill_falls_back_to_the_newest_checkpoint(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
+    """Killed behind step 4 of 7 with a checkpoint at 2 (and perhaps 4): what was logged behind it is logged again."""
+    out = tmp_path / "run"
+    options = options_of(tiny_hub, chats, out, max_steps=STEPS, save_every=2)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        command = [sys.executable, "scripts/train.py", *arguments_of(options)]
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=file, stderr=file)
+        deadline = time.monotonic() + 240
+        while len(read_complete(out)) < 4 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, log.read_text()
+    # What a kill in mid-write leaves: it must be neither read nor in the way.
+    (out / "checkpoints" / "step-00000006.partial").mkdir()
+    assert run(options) == 0
+    assert curve(out) == curve(undisturbed)
+
+
+def read_complete(out: Path) -> list[str]:
+    path = out / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_export_by_command(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    (out).mkdir()
+    (out / "checkpoints").symlink_to(undisturbed / "checkpoints")
+    options = options_of(tiny_hub, chats, out, export_only=True, export_layout="fused", export_dtype="bfloat16")
+    assert run(options) == 0
+    exported = {}
+    for file in (out / f"export-{STEPS}").glob("*.safetensors"):
+        exported.update(load_file(file))
+    assert exported["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (16, 80, 64)
+    assert all(value.dtype == torch.bfloat16 for value in exported.values())
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_epochs_end_the_run(tiny_hub: Path, chats: Path, tmp_path: Path):
+    """One pass: every sample once, packs left half full at the end, and what is over is no micro-batch."""
+    options = options_of(tiny_hub, chats, tmp_path / "run", epochs=1, accumulation=3, pack_tokens=900, max_steps=50)
+    assert run(options) == 0
+    last = curve(tmp_path / "run")[-1]
+    assert last["samples"] == 36 and last["step"] < 3
+
+
+@pytest.mark.parametrize("policy", ["skip", "fail"])
+def test_bad_samples(policy: str, tiny_hub: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = chats.read_text().splitlines()
+    path = chats.with_name(f"{policy}.jsonl")
+    path.write_text("\n".join([lines[0], '{"messages": [', *lines[1:4], '{"messages": []}']))
+    options = options_of(tiny_hub, path, tmp_path / "run", epochs=1, on_bad_sample=policy, shuffle=False)
+    code = run(options)
+    if policy == "fail":
+        assert code == 1
+        assert f"error: {path}:2: Expecting value" in capsys.readouterr().err
+        return
+    assert code == 0
+    assert curve(tmp_path / "run")[-1]["samples"] == 4
+    assert "4 samples" in (out := capsys.readouterr().out) and "2 bad samples" in out
+    bad = read_lines(tmp_path / "run" / "bad_samples.0.jsonl")
+    assert [(line["line"], line["file"]) for line in bad] == [(2, str(path)), (6, str(path))]
+
+
+def test_an_earlier_run_is_not_overwritten(undisturbed: Path, tiny_hub: Path, chats: Path, capsys: Any):
+    assert run(options_of(tiny_hub, chats, undisturbed, max_steps=STEPS, resume=False)) == 1
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+
+
+# One trainer, step by step.
+
+
+class Made:
+    """A trainer and what it was made of; `close` ends its process group."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.state = script.start_processes(options)
+        self.model, _ = script.build_model(options, self.state)
+        self.optimizer = make_optimizer(self.model, options, "cpu")
+        stream = script.build_stream(options, self.model, self.state)
+        checkpoints = Checkpoints(Path(options.out) / "checkpoints", self.state, 1, False)
+        Path(options.out).mkdir(parents=True)
+        self.trainer = Trainer(self.model, self.optimizer, stream, checkpoints, options, self.state)
+        self.model.train()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        whole = {name: p.grad.full_tensor().clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.optimizer.zero_grad(set_to_none=True)
+        return whole
+
+    def close(self) -> None:
+        set_parallel_state(None)
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def make(tiny_hub: Path, chats: Path, tmp_path: Path) -> Any:
+    made: list[Made] = []
+
+    def build(**changes: Any) -> Made:
+        made.append(Made(options_of(tiny_hub, chats, tmp_path / f"{len(made)}", **changes)))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()
+
+
+def test_accumulation_of_four_is_one_large_batch(make: Any):
+    """Gradients within 1e-5 of their norm, with 2 to 60 targets in a micro-batch; the mean of means would differ."""
+    made = make(accumulation=4, balancing=0.0, pack_tokens=700, pad=False)
+    stream = made.trainer.stream
+    features = []
+    for number, targets in ((4, 2), (0, 9), (30, 20), (12, 60)):
+        feature = dict(stream.transform(stream.files.read(number), stream.files.paths[0].parent))
+        length = feature["labels"].numel()
+        feature["labels"] = feature["input_ids"].masked_fill(
+            feature["image_mask"] | feature["video_mask"], IGNORE_INDEX
+        )
+        feature["labels"][: max(0, length - targets)] = IGNORE_INDEX
+        features.append(feature)
+    collate = SequenceParallelCollator(metadata_collate_func=made.model.get_metadata_collate_func())
+    packs = [Pack(collate([feature]), ["x:1"], 1, [], {}) for feature in features]
+    counts = [pack.batch["num_valid_labels"] for pack in packs]
+    assert max(counts) >= 8 * min(counts), counts
+    large = Pack(collate(features), ["x:1"] * 4, 1, [], {})
+    assert large.batch["num_valid_labels"] == sum(counts)
+
+    def plan(packs: list[Pack]) -> StepPlan:
+        return StepPlan(packs, sum(counts), 1, 1, 0, 1.0, 1, False)
+
+    losses = sum(share[0] for share in made.trainer.accumulate(plan(packs)))
+    accumulated = made.gradients()
+    made.trainer.options.accumulation = 1
+    (share,) = made.trainer.accumulate(plan([large]))
+    torch.testing.assert_close(losses, share[0], rtol=1e-6, atol=0)
+    for name, expected in made.gradients().items():
+        error = (accumulated[name] - expected).norm() / expected.norm().clamp(min=1e-12)
+        assert error < 1e-5 or expected.norm() < 1e-7, f"{name}: {error:.1e}"
+
+
+def test_frozen_parts_and_rates_of_their_own(make: Any):
+    """A frozen tower stays bit for bit, a rate of 0 too; the rest moves."""
+    made = make(freeze=["vit"], lr_merger=0.0, max_steps=1, weight_decay=0.1)
+    before = {name: p.full_tensor().clone() for name, p in made.model.named_parameters()}
+    with MetricsWriter(Path(made.options.out), False, 0, 1, False) as writer:
+        assert made.trainer.run(writer)
+    for name, parameter in made.model.named_parameters():
+        same = torch.equal(parameter.full_tensor(), before[name])
+        if "visual." in name:
+            assert same, name
+    moved = ("model.language_model.layers.0.mlp.experts.down_proj", "lm_head.weight")
+    assert not any(torch.equal(dict(made.model.named_parameters())[name].full_tensor(), before[name]) for name in moved)
+    assert made.trainer.flops.vit_passes == 1 and made.trainer.flops.merger_passes == 3
+
+
+def test_nan_stops_and_names_the_samples(make: Any):
+    made = make(max_steps=3, accumulation=2)
+    with torch.no_grad():
+        weight = made.model.model.language_model.layers[1].self_attn.q_proj.weight
+        weight.to_local()[0, 0] = float("nan")
+    before = made.model.lm_head.weight.to_local().clone()
+    with (
+        MetricsWriter(Path(made.options.out), True, 0, 3, False) as writer,
+        pytest.raises(NonFiniteLoss, match="step 1"),
+    ):
+        made.trainer.run(writer)
+    found = read_json(Path(made.options.out) / "non_finite_step_1.json")
+    batches = found["ranks"][0]["micro_batches"]
+    assert len(batches) == 2 and all(math.isnan(batch["loss_share"]) for batch in batches)
+    assert all(sample.split(":")[0].endswith("chats.jsonl") for batch in batches for sample in batch["samples"])
+    assert torch.equal(made.model.lm_head.weight.to_local(), before)
+    assert made.trainer.checkpoints.steps() == []
