@@ -52,6 +52,7 @@ def flash_attention_2_available() -> bool:
     return torch.cuda.is_available() and _installed("flash-attn")
 
 
+@torch.compiler.assume_constant_result
 def select_varlen_backend(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that `varlen_attention` runs; see the table at the top of the file.
 

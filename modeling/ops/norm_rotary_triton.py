@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 _TILE = 4096  # elements per program and step
+_FLAT = 1024  # elements per program of a rotation, whose lanes read consecutive addresses whatever the head's size
 _PARTIALS = 512  # partial sums of a weight gradient; a few programs for each multiprocessor
 
 
@@ -83,59 +84,50 @@ def rms_norm_backward(
 
 
 @triton.jit
-def _rotate_kernel(
-    x,
-    cos,
-    sin,
-    y,
-    rows,
-    N,
-    HALF,
-    stride_token,
-    stride_head,
-    out_token,
-    out_head,
-    table_stride,
-    SIGN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < HALF)
-    token, head = row // N, row % N
-    source = x + token * stride_token + head * stride_head + column
-    target = y + token * out_token + head * out_head + column
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * table_stride + column, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * table_stride + column, mask=mask, other=0.0).to(tl.float32) * SIGN
-    tl.store(target, first * c - second * s, mask=mask)
-    tl.store(target + HALF, second * c + first * s, mask=mask)
+def _turned(source, at, d, table, cos, sin, mask, HALF, BACK: tl.constexpr):
+    """The rotated values at offsets `at`, which are component d of their head, by the angles of row `table`."""
+    lower = d < HALF
+    value = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+    partner = tl.load(source + at + tl.where(lower, HALF, -HALF), mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cos + table + d, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + table + d, mask=mask, other=0.0).to(tl.float32)
+    if BACK:
+        s = -s
+    return value * c + tl.where(lower, -partner, partner) * s
 
 
-def _launch(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> None:
-    """x and y (T, N, D), their last dimension contiguous; cos and sin (T, D)."""
-    tokens, heads, dim = x.shape
-    block = triton.next_power_of_2(dim // 2)
-    tile = max(_TILE // (2 * block), 1)
-    _rotate_kernel[(triton.cdiv(tokens * heads, tile),)](
-        x,
-        cos,
-        sin,
-        y,
-        tokens * heads,
-        heads,
-        dim // 2,
-        x.stride(0),
-        x.stride(1),
-        y.stride(0),
-        y.stride(1),
-        cos.stride(0),
-        SIGN=-1 if back else 1,
-        ROWS=tile,
-        BLOCK=block,
-    )
+@triton.jit
+def _rotate_kernel(x, cos, sin, y, size, width, D, BACK: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    tl.store(y + at, _turned(x, at, at % D, at // width * D, cos, sin, mask, D // 2, BACK), mask=mask)
+
+
+@triton.jit
+def _joint_kernel(query, key, value, joint, cos, sin, size, width, D, BACK: tl.constexpr, BLOCK: tl.constexpr):
+    """joint (P, 3, N, D) -> itself turned, at `query`; or, going back, three (P, N, D) -> joint. Width is N * D."""
+    part = tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    token = at // width
+    whole = at + (2 * token + part) * width
+    if BACK:
+        source = query
+        if part == 1:
+            source = key
+        if part == 2:
+            source = value
+        read = at
+        target = joint
+    else:
+        source = joint
+        read = whole
+        target = query
+    if part < 2:
+        out = _turned(source, read, at % D, token * D, cos, sin, mask, D // 2, BACK)
+    else:
+        out = tl.load(source + read, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target + whole, out, mask=mask)
 
 
 def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,94 +136,21 @@ def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
     """x (..., T, N, D) turned by cos and sin (..., T, D), or turned back; a new, contiguous tensor."""
-    flat = x.flatten(0, -3)
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    _launch(flat, y, *_tables(cos, sin), back)
-    return y.view(x.shape)
-
-
-@triton.jit
-def _joint_kernel(
-    query,
-    key,
-    value,
-    joint,
-    cos,
-    sin,
-    rows,
-    N,
-    HALF,
-    token_stride,
-    BACK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """joint (P, 3, N, D) -> itself rotated at `query` (P, 3, N, D), or, going back, three (P, N, D) -> joint."""
-    part = tl.program_id(1)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < HALF)
-    token, head = row // N, row % N
-    whole = token * 3 * token_stride + part * token_stride + head * 2 * HALF + column
-    if BACK:
-        source = query
-        if part == 1:
-            source = key
-        if part == 2:
-            source = value
-        source = source + token * token_stride + head * 2 * HALF + column
-        target = joint + whole
-    else:
-        source = joint + whole
-        target = query + whole
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-    if part < 2:
-        c = tl.load(cos + token * 2 * HALF + column, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * 2 * HALF + column, mask=mask, other=0.0).to(tl.float32)
-        if BACK:
-            s = -s
-        turned = first * c - second * s
-        second = second * c + first * s
-        first = turned
-    tl.store(target, first, mask=mask)
-    tl.store(target + HALF, second, mask=mask)
-
-
-def _launch_joint(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    joint: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
-    back: bool,
-) -> None:
-    tokens, _, heads, dim = joint.shape
-    block = triton.next_power_of_2(dim // 2)
-    tile = max(_TILE // (2 * block), 1)
-    grid = (triton.cdiv(tokens * heads, tile), 3)
-    _joint_kernel[grid](
-        query,
-        key,
-        value,
-        joint,
-        *tables,
-        tokens * heads,
-        heads,
-        dim // 2,
-        heads * dim,
-        BACK=back,
-        ROWS=tile,
-        BLOCK=block,
-    )
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    heads, dim = x.shape[-2:]
+    grid = (triton.cdiv(x.numel(), _FLAT),)
+    _rotate_kernel[grid](x, *_tables(cos, sin), y, x.numel(), heads * dim, dim, BACK=back, BLOCK=_FLAT)
+    return y
 
 
 def rotate_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
     """A joint projection (P, 3 N D) as a new (P, 3, N, D), queries and keys turned by cos and sin (P, D)."""
     joint = qkv.contiguous().view(qkv.shape[0], 3, heads, -1)
     out = torch.empty_like(joint)
-    _launch_joint(out, out, out, joint, _tables(cos, sin), back=False)
+    size, dim = joint[:, 0].numel(), joint.shape[-1]
+    grid = (triton.cdiv(size, _FLAT), 3)
+    _joint_kernel[grid](out, out, out, joint, *_tables(cos, sin), size, heads * dim, dim, BACK=False, BLOCK=_FLAT)
     return out
 
 
@@ -241,6 +160,7 @@ def rotate_back_qkv(
     """The adjoint of `rotate_qkv`: three (P, N, D) -> (P, 3 N D), new."""
     parts = [part.contiguous() for part in (d_query, d_key, d_value)]
     tokens, heads, dim = d_query.shape
-    joint = d_query.new_empty(tokens, 3, heads, dim)
-    _launch_joint(*parts, joint, _tables(cos, sin), back=True)
-    return joint.flatten(1)
+    joint = d_query.new_empty(tokens, 3 * heads * dim)
+    grid = (triton.cdiv(d_query.numel(), _FLAT), 3)
+    _joint_kernel[grid](*parts, joint, *_tables(cos, sin), d_query.numel(), heads * dim, dim, BACK=True, BLOCK=_FLAT)
+    return joint
