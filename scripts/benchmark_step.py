@@ -1,0 +1,256 @@
+"""python scripts/benchmark_step.py [--layers 4] [--samples 8] [--vision-recompute none full] [--compile both]
+
+A whole training step, forward and backward, side by side with transformers on the same work: the 27-layer vision tower,
+some decoder layers of the 30B-A3B shape, packed samples of 256 image tokens and 768 text tokens each, every label
+valid. Prints time, tokens/s, peak memory, host-device synchronisations, the vision tower alone and where the time
+goes; writes results/step_<device>.json.
+"""
+
+import argparse
+import gc
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.benchmarking import RESULTS, describe, print_description, require_gpu, write_json
+
+IMAGE_SIDE = 32  # patches; 32 x 32 / 4 = 256 tokens
+IMAGE_TOKENS, TEXT_TOKENS = 256, 768
+PATCH_VALUES = 3 * 2 * 16 * 16
+
+
+def config_dict(layers: int) -> dict[str, Any]:
+    """The 30B-A3B configuration with fewer decoder layers."""
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 262144,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+    }
+    return {"text_config": text, "vision_config": {"out_hidden_size": 2048}, "tie_word_embeddings": False}
+
+
+def build(model_class: Any, config: Any, **attributes: Any) -> Any:
+    """A bf16 model with random weights on the GPU, in training mode."""
+    for name, value in attributes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(default)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def features(samples: int, image_token_id: int) -> list[dict[str, torch.Tensor]]:
+    """Unpacked samples on the CPU: an image, then text."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(samples):
+        ids = torch.randint(0, 150_000, (IMAGE_TOKENS + TEXT_TOKENS,), generator=generator)
+        ids[:IMAGE_TOKENS] = image_token_id
+        pixels = torch.randn(IMAGE_SIDE**2, PATCH_VALUES, generator=generator)
+        grid = torch.tensor([[1, IMAGE_SIDE, IMAGE_SIDE]])
+        made.append({"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid})
+    return made
+
+
+def our_batch(model: Any, samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """The samples packed by the collator, its tensors on the GPU."""
+    from modeling.data.collator import SequenceParallelCollator
+
+    image_token_id, positions_of = model.config.image_token_id, model.get_position_id_func()
+    packed = []
+    for sample in samples:
+        ids = sample["input_ids"]
+        mask = ids == image_token_id
+        positions = positions_of(input_ids=ids.masked_fill(mask, -200)[None], image_grid_thw=sample["image_grid_thw"])
+        feature = {"labels": ids.clone(), "position_ids": positions["position_ids"][:, 0], "image_mask": mask}
+        packed.append(sample | feature | {"input_ids": ids.masked_fill(mask, 0)})
+    batch = SequenceParallelCollator(metadata_collate_func=model.get_metadata_collate_func())(packed)
+    return to_gpu(batch)
+
+
+def to_gpu(value: Any) -> Any:
+    """Every tensor in a nest of dicts and lists on the GPU."""
+    if isinstance(value, torch.Tensor):
+        return value.to("cuda", non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_gpu(item) for key, item in value.items()}
+    return value
+
+
+def transformers_batch(config: Any, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The same samples as rows of a batch, as its processor would give them."""
+    ids = torch.stack([sample["input_ids"] for sample in samples])
+    return to_gpu(
+        {
+            "input_ids": ids,
+            "labels": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == config.image_token_id).int(),
+            "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+            "image_grid_thw": torch.cat([sample["image_grid_thw"] for sample in samples]),
+        }
+    )
+
+
+def count_syncs(step: Callable[[], Any]) -> int:
+    """Host-device synchronisations of one call, by PyTorch's debug mode."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def milliseconds(step: Callable[[], Any], repeats: int) -> float:
+    """Median of single steps, by CUDA events, after three to warm up."""
+    times = []
+    for number in range(repeats + 3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        stop.record()
+        torch.cuda.synchronize()
+        if number >= 3:
+            times.append(start.elapsed_time(stop))
+    return sorted(times)[len(times) // 2]
+
+
+def top_kernels(step: Callable[[], Any], rows: int = 14) -> list[tuple[str, float, int]]:
+    """(kernel, ms, launches) of one step, the longest first, and a last row with the sum of all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    found = [(e.key[:90], e.self_device_time_total / 1e3, e.count) for e in profiler.key_averages()]
+    found.sort(key=lambda row: -row[1])
+    total = ("all kernels", sum(row[1] for row in found), sum(row[2] for row in found))
+    return [(name, round(ms, 2), count) for name, ms, count in [*found[:rows], total]]
+
+
+def measure(model: Any, batch: dict[str, Any], visual: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Time, memory and syncs of one model's step."""
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+
+    step()
+    torch.cuda.synchronize()
+    model.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    found = {"step_ms": round(milliseconds(step, repeats), 1), "peak_gb": round(peak / 1e9, 2)}
+    found |= {"peak_gib": round(peak / 2**30, 2), "syncs": count_syncs(step)}
+    found["tokens_per_s"] = round(batch["input_ids"].numel() / found["step_ms"] * 1e3)
+    with torch.no_grad():
+        found["vision_forward_ms"] = round(milliseconds(visual, repeats), 1)
+    found["top_kernels"] = top_kernels(step)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def run_ours(
+    layers: int, samples: list[dict[str, torch.Tensor]], recompute: str, compiled: bool, repeats: int
+) -> dict[str, Any]:
+    from modeling.distributed.parallelize import compile_blocks, set_recompute
+    from modeling.qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeForCausalLM
+    from modeling.qwen3_vl_moe.vision_metadata import unpack_metadata
+
+    model = build(Qwen3VLMoeForCausalLM, Qwen3VLMoeConfig(**config_dict(layers)), _attn_implementation="sdpa")
+    set_recompute(model.model.visual, recompute)
+    if compiled:
+        compile_blocks(model)
+    batch = our_batch(model, samples)
+    metadata = unpack_metadata("image", batch["multimodal_metadata"])
+    pixels = batch["pixel_values"].bfloat16()
+    found = measure(model, batch, lambda: model.model.visual(pixels, metadata=metadata), repeats)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**batch).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def run_transformers(layers: int, samples: list[dict[str, torch.Tensor]], repeats: int) -> dict[str, Any]:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    config = Qwen3VLMoeConfig(**config_dict(layers))
+    model = build(
+        Qwen3VLMoeForConditionalGeneration, config, _attn_implementation="sdpa", _experts_implementation="grouped_mm"
+    )
+    batch = transformers_batch(config, samples)
+    pixels = batch["pixel_values"].bfloat16()
+    return measure(model, batch, lambda: model.model.visual(pixels, grid_thw=batch["image_grid_thw"]), repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--vision-recompute", nargs="+", default=["none"], choices=["none", "full", "selective"])
+    parser.add_argument("--compile", choices=["no", "yes", "both"], default="both")
+    parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    require_gpu()
+    description = describe()
+    print_description(description)
+    samples = features(args.samples, 151655)
+    runs: dict[str, Callable[[], dict[str, Any]]] = {}
+    for recompute in args.vision_recompute:
+        for compiled in {"no": [False], "yes": [True], "both": [True, False]}[args.compile]:
+            name = "this project" + (", compiled" if compiled else "")
+            name += "" if recompute == "none" else f", vision recompute {recompute}"
+            runs[name] = partial(run_ours, args.layers, samples, recompute, compiled, args.repeats)
+    if not args.skip_transformers:
+        runs["transformers"] = partial(run_transformers, args.layers, samples, args.repeats)
+    results = {}
+    for name, run in runs.items():
+        results[name] = run()
+        gc.collect()
+        torch.cuda.empty_cache()
+        figures = [f"{key} {value}" for key, value in results[name].items() if key != "top_kernels"]
+        print(f"\n{name}: {', '.join(figures)}")
+        for kernel, ms, count in results[name]["top_kernels"]:
+            print(f"  {ms:8.2f} ms {count:6d} x  {kernel}")
+    if "transformers" in results:
+        ratio = results["transformers"]["step_ms"] / results[next(iter(results))]["step_ms"]
+        print(f"\ntransformers / this project: {ratio:.2f}")
+    device = description["device"].split()[1].lower()
+    arguments = {key: value for key, value in vars(args).items() if key != "out"}
+    write_json(args.out / f"step_{device}.json", description | {"arguments": arguments, "runs": results})
+
+
+if __name__ == "__main__":
+    main()
