@@ -15,6 +15,7 @@ from modeling.data.collator import SequenceParallelCollator
 from modeling.distributed.failures import RankFailure, fail_together
 from modeling.distributed.parallel_state import use_parallel_state
 from modeling.distributed.parallelize import clip_grad_norm_
+from tests.distributed.pool import Hang, Pool
 from tests.distributed.ranks import Mesh, Options, features_of, make_parallel, single_process_model, state_of, summed
 
 LIMIT = 60.0
@@ -125,8 +126,6 @@ def wait_for_nobody() -> None:
 
 def test_a_hang_is_noticed(pools):
     """The suite's own alarm: a rank that waits for one that left."""
-    from tests.distributed.pool import Hang, Pool
-
     pool = Pool(2)
     try:
         with pytest.raises(Hang, match="rank 0 of 2 did not finish"):
