@@ -25,7 +25,7 @@ from conversion.layout import (
     stamp_metadata,
     stored_tensors,
 )
-from conversion.shard_io import DTYPE_BYTES, build_header
+from conversion.shard_io import BLOCK, DTYPE_BYTES, build_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +186,8 @@ def _cut_into_files(tensors: list[OutputTensor], target: Stamp, rank: int | None
             room = max_bytes
         shards[-1].append(tensor)
         room -= tensor.nbytes
+    for shard in shards:  # tensors of whole blocks first: all of them then begin at one, and are written directly
+        shard.sort(key=lambda tensor: tensor.nbytes % BLOCK != 0)
     if target.layout != "ep-sharded":
         stem = "model"
     else:
@@ -213,8 +215,9 @@ def unit_bytes(tensor: OutputTensor) -> int:
 
 
 def units_per_piece(tensor: OutputTensor, piece_memory: int) -> int:
-    """How many experts (or values) of `tensor` make a piece that takes about `piece_memory` bytes to make."""
-    return max(1, piece_memory // max(1, unit_bytes(tensor)))
+    """How many experts of `tensor` (or values, in whole blocks) make a piece that takes about `piece_memory` bytes."""
+    units = max(1, piece_memory // max(1, unit_bytes(tensor)))
+    return units if tensor.is_expert else max(1, units // BLOCK) * BLOCK
 
 
 def pieces(tensor: OutputTensor, step: int, offset: int = 0) -> Iterator[Piece]:

@@ -9,7 +9,7 @@ from conversion.cast import FLOATS, NOTHING, Findings, cast_into, find_non_finit
 from conversion.checkpoint import Checkpoint
 from conversion.layout import StoredTensor, overlap
 from conversion.plan import Piece
-from conversion.shard_io import DTYPE_BYTES, read_into
+from conversion.shard_io import BLOCK, DTYPE_BYTES, read_into
 from conversion.transpose import Kernel
 
 
@@ -17,17 +17,18 @@ class Arena:
     """A block of memory that one piece after the other is made in, so that nothing is allocated on the way."""
 
     def __init__(self, nbytes: int) -> None:
-        self._bytes = np.empty(nbytes, np.uint8)
+        memory = np.empty(nbytes + BLOCK, np.uint8)
+        self._bytes = memory[-memory.ctypes.data % BLOCK :][:nbytes]
         self._used = 0
 
     def clear(self) -> None:
         """Take every array back."""
         self._used = 0
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An uninitialised array. Grows the arena where a plan's estimate was short by alignment."""
+    def take(self, shape: tuple[int, ...], dtype: np.dtype, align: int = 64) -> np.ndarray:
+        """An uninitialised array at a multiple of `align`; apart from the arena where alignment has used it up."""
         nbytes = prod(shape) * dtype.itemsize
-        start = -(-self._used // 64) * 64
+        start = -(-self._used // align) * align
         if start + nbytes > self._bytes.size:
             return np.empty(shape, dtype)
         self._used = start + nbytes
@@ -60,7 +61,7 @@ def produce(piece: Piece, source: Checkpoint, arena: Arena, transpose: Kernel) -
     findings = find_non_finite(flat, tensor.source_dtype)
     if tensor.dtype == tensor.source_dtype:
         return Made(flat, read, findings)
-    out = arena.take(flat.shape, storage_dtype(tensor.dtype))
+    out = arena.take(flat.shape, storage_dtype(tensor.dtype), BLOCK)
     cast_into(out, flat, tensor.source_dtype, tensor.dtype)
     if tensor.dtype in FLOATS and tensor.source_dtype in FLOATS:
         findings = findings.merged(find_overflow(flat, tensor.source_dtype, out, tensor.dtype), 0)

@@ -22,7 +22,7 @@ from conversion.hashing import Hasher, new_hasher
 from conversion.manifest import FileRecord, TensorRecord, sync_folder
 from conversion.plan import OutputFile, Piece, pieces, units_per_piece
 from conversion.produce import Arena, Made, produce
-from conversion.shard_io import byte_view, reserve, write_at
+from conversion.shard_io import NewFile, byte_view
 from conversion.transpose import Kernel
 
 TEMPORARY = ".tmp"
@@ -36,17 +36,15 @@ class OpenFile:
         self.final = output / file.name
         self.temporary = output / (file.name + TEMPORARY)
         self.algorithm = algorithm
-        self.fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self.data = NewFile(self.temporary, file.size)
         self.hasher = new_hasher(algorithm)
         self.records: list[TensorRecord] = []
         self._tensor: tuple[Hasher, Hasher, Findings] | None = None
-        try:
-            reserve(self.fd, file.size)
-            write_at(self.fd, 0, memoryview(file.header))
-        except OSError:
-            self.close()
-            raise
-        self.hasher.update(file.header)
+
+    def write_header(self) -> None:
+        """The header; the first piece comes after it."""
+        self.data.write(0, memoryview(self.file.header))
+        self.hasher.update(self.file.header)
 
     def add(self, piece: Piece, made: Made) -> None:
         """Hash a piece; pieces come in order."""
@@ -75,20 +73,14 @@ class OpenFile:
     def finish(self, output: Path) -> FileRecord:
         """Sync, rename, enter in the journal."""
         try:
-            os.fsync(self.fd)
+            self.data.sync()
         finally:
-            self.close()
+            self.data.close()
         os.replace(self.temporary, self.final)
         sync_folder(output)
         record = FileRecord(self.file.name, self.file.size, self.hasher.hexdigest(), tuple(self.records))
         journal.append(output, record)
         return record
-
-    def close(self) -> None:
-        """Close the file, once."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 @dataclass
@@ -127,7 +119,7 @@ class Writer:
                 pool.shutdown(wait=True, cancel_futures=True)
                 finisher.shutdown(wait=True)
                 for file in self._open:
-                    file.close()
+                    file.data.close()
 
     def _made(self, files: list[OutputFile], pool: ThreadPoolExecutor) -> Iterator[tuple[OpenFile, Piece, Made]]:
         """Every piece of every file in order, already in its file; asking for the next takes its arena back."""
@@ -136,6 +128,7 @@ class Writer:
         for file in files:
             opened = OpenFile(file, self.output, self.algorithm)
             self._open.append(opened)
+            opened.write_header()
             offset = len(file.header)
             for tensor in file.tensors:
                 for piece in pieces(tensor, units_per_piece(tensor, self.budget.piece_memory), offset):
@@ -153,5 +146,5 @@ class Writer:
 
     def _make(self, file: OpenFile, piece: Piece, arena: Arena) -> Made:
         made = produce(piece, self.source, arena, self.transpose)
-        write_at(file.fd, piece.offset, byte_view(made.out))
+        file.data.write(piece.offset, byte_view(made.out))
         return made
