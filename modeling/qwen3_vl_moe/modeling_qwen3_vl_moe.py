@@ -851,6 +851,10 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
     ) -> int:
         """Fill in `visual.token_indices` and, where the sequence is sliced, `visual.token_counts`; how many there
         are."""
+        absent = visual.pixel_values is None and visual.mask is None
+        if visual.token_indices is None and absent and (collated or state.sp_enabled):
+            # No need to search, which would make the host wait: the collator has no placeholders to mark.
+            visual.token_indices, visual.token_counts = torch.empty(0, dtype=torch.long), [0] * state.sp_size
         if visual.token_indices is None:
             if visual.mask is not None:
                 mask = visual.mask
@@ -1038,7 +1042,7 @@ def load_balancing_loss_func(
     device = gate_logits[0].device
     counts, probabilities = torch.zeros(2, num_experts, device=device).unbind(0)
     keep = None if attention_mask is None else attention_mask.reshape(-1).to(device, torch.float32)
-    rows = counts.new_tensor(gate_logits[0].shape[0]) if keep is None else keep.sum()
+    rows = torch.full((), gate_logits[0].shape[0], device=device) if keep is None else keep.sum()
     for logits in gate_logits:
         routing = logits.softmax(-1, dtype=torch.float32)  # (T, E)
         chosen = routing.topk(top_k, dim=-1).indices  # (T, K)
