@@ -6,9 +6,10 @@ from math import ceil, prod
 import pytest
 import torch
 
+from modeling.data.collator import SequenceParallelCollator
 from modeling.distributed.parallel_state import use_parallel_state
 from modeling.distributed.sequence_parallel import padded_length
-from tests.distributed.ranks import Mesh, Options, batch_of, build, features_of, make_parallel
+from tests.distributed.ranks import Mesh, Options, batch_of, build, features_of, make_parallel, single_process_model
 from tests.distributed.recorder import Collective, CollectiveRecorder, HostReadRecorder
 from tests.distributed.toy import TEXT, VISION
 
@@ -141,7 +142,13 @@ HOST_CODE = {
 
 def host_reads(mesh: Mesh, kind: str, options: Options) -> dict[tuple[str, str], int]:
     model, state = make_parallel(mesh, options)
-    batch = batch_of(kind, state)
+    if kind == "bare text":
+        collate = SequenceParallelCollator(
+            state.sp_size, state.sp_rank, single_process_model().get_metadata_collate_func()
+        )
+        batch = collate([{key: f[key] for key in ("input_ids", "labels")} for f in features_of("text")])
+    else:
+        batch = batch_of(kind, state)
     with use_parallel_state(state), HostReadRecorder(set(HOST_CODE)) as recorder:
         loss = model(**batch, output_router_logits=options.balancing).loss
         forward = dict(recorder.reads)
@@ -150,7 +157,7 @@ def host_reads(mesh: Mesh, kind: str, options: Options) -> dict[tuple[str, str],
     return forward
 
 
-@pytest.mark.parametrize("kind", ["mixed", "text", "padded"])
+@pytest.mark.parametrize("kind", ["mixed", "bare text", "padded"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_host_waits_once_per_expert_exchange(pools, kind: str, recompute: str):
     """Forward and backward, recomputation included, read no value but the sizes of each MoE layer's exchange."""
