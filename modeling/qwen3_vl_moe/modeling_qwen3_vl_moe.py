@@ -858,8 +858,6 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
         if visual.token_indices is None:
             if visual.mask is not None:
                 mask = visual.mask
-            elif visual.pixel_values is None and (collated or state.sp_enabled):
-                mask = torch.zeros(0, dtype=torch.bool, device=inputs_embeds.device)
             elif state.sp_enabled:
                 raise ValueError(
                     f"sp_size={state.sp_size}, but the batch has no {visual.name}_mask (1, S); a rank cannot tell from "
