@@ -182,7 +182,7 @@ def _start_process_group(device_type: str) -> None:
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else None)
+    dist.init_process_group({"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}.get(device_type))
 
 
 def _build_state(sizes: dict[str, int], device_type: str) -> ParallelState:
