@@ -1,0 +1,101 @@
+"""PEFT's LoRA on this model: trained here, saved, and loaded on top of transformers' own implementation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from modeling.qwen3_vl_moe import Qwen3VLMoeForCausalLM
+from tests.ecosystem.chats import padded_batch
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed here: pip install peft")
+
+ATTENTION = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
+TARGETS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ATTENTION},
+    "attention_and_experts": {
+        "target_modules": ATTENTION,
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+}
+
+
+def trained(model: torch.nn.Module, batch: dict[str, torch.Tensor], steps: int = 5) -> list[float]:
+    """Losses of a few AdamW steps on the trainable parameters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(tokens, V) at the tokens that are not padding."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model.eval()(**inputs).logits[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_adapter_trains_and_loads_in_upstream(
+    tiny_hub: Path, tiny_processor: Any, tmp_path: Path, targets: str
+) -> None:
+    torch.manual_seed(0)
+    batch = padded_batch(tiny_processor)
+    base = Qwen3VLMoeForCausalLM.from_pretrained(tiny_hub, dtype=torch.float32)
+    before = logits(base, batch)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=16, **TARGETS[targets]))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    assert any("experts" in name for name in names) == ("experts" in targets)
+    losses = trained(model, batch)
+    assert losses[-1] < 0.9 * losses[0], losses
+    after = logits(model, batch)
+    assert (after - before).abs().max() > 1.0  # far beyond what two implementations differ by
+
+    model.save_pretrained(tmp_path)
+    upstream = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tiny_hub, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(upstream, str(tmp_path))
+    # float32, two implementations: about 1e-5 of logits of this size.
+    torch.testing.assert_close(logits(loaded, batch), after, rtol=0, atol=5e-5 * after.abs().max().item())
+
+    again = Qwen3VLMoeForCausalLM.from_pretrained(tiny_hub, dtype=torch.float32)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(again, str(tmp_path)), batch), after)
+
+
+def test_merged_adapter_is_a_plain_checkpoint(tiny_hub: Path, tiny_processor: Any, tmp_path: Path) -> None:
+    """merge_and_unload, saved in the published layout, read by transformers alone."""
+    torch.manual_seed(0)
+    batch = padded_batch(tiny_processor)
+    base = Qwen3VLMoeForCausalLM.from_pretrained(tiny_hub, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **TARGETS["attention_and_experts"])
+    model = peft.get_peft_model(base, config)
+    expected = logits(model, batch)
+    model.merge_and_unload().save_pretrained(tmp_path, layout="hub")
+    upstream = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(logits(upstream, batch), expected, rtol=0, atol=5e-5 * expected.abs().max().item())
+
+
+def test_vision_adapter_is_upstreams(tiny_hub: Path, tiny_processor: Any, tmp_path: Path) -> None:
+    """Random adapters on the whole tower, the patch projection (a Conv3d by name) among them."""
+    torch.manual_seed(0)
+    batch = padded_batch(tiny_processor)
+    base = Qwen3VLMoeForCausalLM.from_pretrained(tiny_hub, dtype=torch.float32)
+    targets = r"model\.visual\..*(qkv|proj|linear_fc1|linear_fc2)"
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    assert any("patch_embed.proj.lora_A" in name for name, _ in model.named_parameters())
+    expected = logits(model, batch)
+    with model.disable_adapter():
+        assert (logits(model, batch) - expected).abs().max() > 1.0
+    model.save_pretrained(tmp_path)
+    upstream = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tiny_hub, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(upstream, str(tmp_path))
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=5e-5 * expected.abs().max().item())
