@@ -100,8 +100,8 @@ def _apply_by_hooks(outermost: Any) -> None:
         for wrapper in wrappers:
             module.__dict__.pop(wrapper.parameter_name, None)
 
-    experts.register_forward_pre_hook(shadow)
-    experts.register_forward_hook(reveal, always_call=True)
+    handles = (experts.register_forward_pre_hook(shadow), experts.register_forward_hook(reveal, always_call=True))
+    outermost.adapter_hooks = handles
 
 
 def _with_product(local: Tensor, wrapper: Any) -> Tensor:
@@ -194,6 +194,9 @@ def merge_and_remove(model: nn.Module) -> nn.Module:
     names = {id(module): name for name, module in model.named_modules()}
     for layer in _outermost(model):
         model.set_submodule(names[id(layer)], layer.get_base_layer())
+        if isinstance(layer, ParamWrapper):
+            for handle in layer.adapter_hooks:
+                handle.remove()
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
     return model
 
