@@ -44,9 +44,9 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def make_budget(plan: Plan, max_ram: int, workers: int) -> Budget:
-    """Divide `max_ram` bytes for `plan`. Raises UsageError when not even one piece fits, with the least that would."""
-    choose_kernel(plan.transposed_bytes)  # importing and compiling it takes memory, too
+def make_budget(plan: Plan, max_ram: int, workers: int, device: str = "cpu") -> Budget:
+    """Divide `max_ram` bytes for `plan`. Raises UsageError when not even one piece fits, with the least that does."""
+    choose_kernel(plan.transposed_bytes, device)  # importing and compiling it takes memory, too
     units = [unit_bytes(tensor) for file in plan.files for tensor in file.tensors]
     # Arrays in an arena are aligned; a piece of small experts is made of several.
     arena = max([PIECE_BYTES, *units]) + 64 * 1024

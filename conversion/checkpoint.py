@@ -194,4 +194,8 @@ def _check_inventory(
     for (name, _), location in stored.items():
         if location.info.dtype not in ("BF16", "F16", "F32", "F64") and (name, None) in known:
             raise InputError(f"{location.path}: {name} is {location.info.dtype}, not a floating-point weight")
-    return logical, tuple(sorted(name for name, rank in stored if (name, rank) not in known))
+    unknown = sorted(name for name, rank in stored if (name, rank) not in known)
+    stray = [name for name in unknown if (name, None) not in stored]
+    if stray:
+        raise InputError(f"the files of single expert ranks hold what is not of experts: {_some(stray)}")
+    return logical, tuple(unknown)

@@ -56,12 +56,13 @@ def build_parser(doc: str, targets: tuple[str, ...], default: str) -> argparse.A
     add("--max-shard-size", type=byte_size, default=byte_size("5GB"), metavar="SIZE", help="bytes per file (5GB)")
     add("--max-ram", type=byte_size, default=byte_size("4GB"), metavar="SIZE", help="bound on resident memory (4GB)")
     add("--workers", type=positive, default=os.cpu_count(), metavar="N", help="threads (default: the cores)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to transpose (default cpu)")
     add("--keep-unknown", action="store_true", help="copy tensors that are not the model's")
     add("--dry-run", action="store_true", help="print what would be read and written, and stop")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with an unfinished output")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    add("--quiet", action="store_true", help="print errors only")
+    add("--quiet", action="store_true", help="print errors and notes on bad values only")
     add("--json", metavar="FILE", help="write a summary as JSON; - for the standard output")
     return parser
 
@@ -73,7 +74,7 @@ def convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--target ep-sharded and --ep-size N belong together")
     started = time.monotonic()
     log = (lambda message: None) if args.quiet else (lambda message: print(message, file=sys.stderr))
-    settings = Settings(args.workers, args.resume, args.overwrite, args.allow_overflow, args.quiet, log)
+    settings = Settings(args.workers, args.resume, args.overwrite, args.allow_overflow, args.quiet, args.device, log)
     folder, origin = resolve_input(args.input, args.revision)
     if not args.dry_run:
         check_folders(folder, args.output, settings)
@@ -81,7 +82,7 @@ def convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     companions = find_companions(folder)
     target = Stamp(args.target, ep_size or 1)
     plan = make_plan(source, target, DTYPES.get(args.dtype), args.max_shard_size, args.keep_unknown)
-    budget = make_budget(plan, args.max_ram, args.workers)
+    budget = make_budget(plan, args.max_ram, args.workers, args.device)
     disk = measure_disk(plan, companions, args.output)
     if args.dry_run:
         print(describe_plan(plan, companions, budget, disk, args.workers))

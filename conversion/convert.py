@@ -33,6 +33,7 @@ class Settings:
     overwrite: bool = False
     allow_overflow: bool = False
     quiet: bool = True
+    device: str = "cpu"
     log: Callable[[str], None] = lambda message: None
 
 
@@ -118,7 +119,7 @@ def run_plan(
         missing = [file for file in plan.files if file.name not in done]
         kept = sum(file.data_bytes for file in plan.files if file.name in done)
         with Progress(plan.data_bytes, settings.quiet, kept) as progress:
-            kernel = choose_kernel(plan.transposed_bytes)
+            kernel = choose_kernel(plan.transposed_bytes, settings.device)
             writer = Writer(plan.source, output, budget, settings.workers, algorithm, kernel, progress.advance)
             written = writer.write(missing)
         by_name = done | {record.name: record for record in written}

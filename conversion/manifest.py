@@ -198,4 +198,4 @@ def parse_manifest(data: bytes) -> Manifest:
 
 def dump(content: Mapping[str, Any]) -> bytes:
     """JSON as it is written to disk."""
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=1) + "\n").encode()

@@ -114,7 +114,9 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {name[:200]!r}"
+    if not name.isprintable():
+        raise InputError(f"{where}: the name holds characters that cannot be printed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{where}: expected dtype, shape and data_offsets, got {str(entry)[:100]}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from conversion.errors import UsageError
+
 # Two-byte values: 256 KB for the scratch tile and as much for the lines it is written to, together half an L2 cache.
 TILE_ROWS, TILE_COLS = 256, 512
 # Matrices have sizes like 2048 and 4096, whose columns all fall into a few sets of the cache; this many values more
@@ -23,15 +25,38 @@ WORTH_NUMBA = 2**30
 Kernel = Callable[[np.ndarray, np.ndarray], None]
 
 
-def choose_kernel(nbytes: int) -> Kernel:
-    """The fastest kernel for `nbytes` in all. The SIMD one compiles once for each installation."""
+def choose_kernel(nbytes: int, device: str = "cpu") -> Kernel:
+    """The fastest kernel for `nbytes` in all. The SIMD one compiles once for each installation.
+
+    Raises UsageError for a GPU that torch does not have.
+    """
+    if device != "cpu":
+        return torch_kernel(device)
     if nbytes < WORTH_NUMBA:
         return transpose_numpy
     try:
         from conversion.transpose_simd import transpose_simd
-    except ImportError:
+    except (ImportError, RuntimeError):  # numba is missing, or finds no folder that it could cache its code in
         return transpose_numpy
     return transpose_simd
+
+
+def torch_kernel(device: str) -> Kernel:
+    """A kernel that transposes on a torch device. Importing torch takes half a gigabyte of memory, CUDA more."""
+    try:
+        import torch
+    except ImportError:
+        raise UsageError(f"--device {device} cannot be used: torch is not installed") from None
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda cannot be used: torch finds no CUDA device")
+
+    def transpose(out: np.ndarray, matrix: np.ndarray) -> None:
+        signed = f"i{matrix.itemsize}"  # torch knows few operations on unsigned integers
+        there = torch.from_numpy(matrix.view(signed)).to(device)
+        torch.from_numpy(out.view(signed)).copy_(there.t().contiguous())
+
+    transpose(np.zeros((64, 64), np.uint16), np.zeros((64, 64), np.uint16))
+    return transpose
 
 
 def transpose_numpy(out: np.ndarray, matrix: np.ndarray) -> None:

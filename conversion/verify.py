@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hashes", action="store_true", help="check A against its veomni_manifest.json")
     parser.add_argument("--layout-a", choices=LAYOUTS, help="A's layout, where nothing tells it")
     parser.add_argument("--layout-b", choices=LAYOUTS, help="B's layout, where nothing tells it")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="threads (the cores)")
+    parser.add_argument("--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N", help="threads")
     parser.add_argument("--quiet", action="store_true", help="print differences only")
     return parser
 

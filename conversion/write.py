@@ -114,7 +114,9 @@ class Writer:
                             finishing[-2].result()
                 return [future.result() for future in finishing]
             except OSError as error:
-                raise InputError(f"writing to {self.output} failed: {error.strerror}") from None
+                raise InputError(
+                    f"writing to {self.output} failed: {error.strerror}; what is finished stays, and --resume goes on"
+                ) from None
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 finisher.shutdown(wait=True)

@@ -3,7 +3,7 @@
     python scripts/benchmark_conversion.py [ratio] [transpose] [upstream] [memory] [plan] [--dir DIR] [--layers 4]
 
 Without words all five are run. Each prints a table and is written to scripts/results/benchmark_conversion_<word>.json
-with the command, the date and the versions. `--dir` is where the checkpoints are made (about three times the size of
+with the command, the date and the versions. `--dir` is where the checkpoints are made (up to three times the size of
 one, removed afterwards); `--layers` is how many of the 30B model's 48 decoder layers they have, 1.2 GB each.
 """
 
@@ -139,10 +139,10 @@ def benchmark_ratio(folder: Path, layers: int, repeats: int = 3) -> dict[str, An
             shutil.rmtree(target)
     best = {name: min(times) for name, times in rows.items()}
     ratios = [c / p for c, p in zip(rows["convert"], rows["cp_and_sync"])]
-    print(f"{total / 1e9:.2f} GB, best of {repeats}: cp and sync {best['cp_and_sync']:.1f} s, converting "
-          f"{best['convert']:.1f} s, ratio {best['convert'] / best['cp_and_sync']:.2f}, peak {peak / 1e6:.0f} MB")  # fmt: skip
-    return {"bytes": total, "seconds": rows, "ratio_of_best": best["convert"] / best["cp_and_sync"],
-            "ratios": ratios, "peak_bytes": peak}  # fmt: skip
+    ratio = best["convert"] / best["cp_and_sync"]
+    print(f"{total / 1e9:.2f} GB, best of {repeats}: cp and sync {best['cp_and_sync']:.1f} s, "
+          f"converting {best['convert']:.1f} s, ratio {ratio:.2f}, peak {peak / 1e6:.0f} MB")  # fmt: skip
+    return {"bytes": total, "seconds": rows, "ratio_of_best": ratio, "ratios": ratios, "peak_bytes": peak}
 
 
 def _read_all(folder: Path) -> None:
@@ -193,3 +193,133 @@ def benchmark_transpose() -> dict[str, Any]:
     for name, by_shape in rates.items():
         print(f"{name:40} " + "  ".join(f"{shape} {rate:5.2f}" for shape, rate in by_shape.items()) + "  GB/s")
     return {"gigabytes_per_second_of_one_core": rates, "simd": simd.__module__}
+
+
+UPSTREAM = """
+import sys, torch, transformers
+model = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def benchmark_upstream(folder: Path, layers: int) -> dict[str, Any]:
+    """The same conversion by transformers: load the published layout, which transposes, and save."""
+    source = folder / "hub"
+    total = make_checkpoint(source, published_config("30B", layers))
+    result: dict[str, Any] = {"bytes": total}
+    commands = {
+        "transformers": [sys.executable, "-c", UPSTREAM, str(source), str(folder / "upstream")],
+        "this converter": converter(source, folder / "fused", "--quiet"),
+    }
+    for name, command in commands.items():
+        os.sync()
+        _read_all(source)
+        seconds, peak, _ = run_measured(command)
+        synced = run_measured(["sync"])[0]
+        result[name] = {"seconds": seconds + synced, "peak_bytes": peak}
+        print(f"{name:16} {seconds + synced:6.1f} s  peak {peak / 1e6:8.0f} MB")
+    verdict = run_measured([sys.executable, "conversion/verify.py", str(folder / "upstream"), str(folder / "fused"),
+                            "--quiet", "--layout-a", _layout_of(folder / "upstream")])  # fmt: skip
+    result["verify_seconds"] = verdict[0]
+    return result
+
+
+def _layout_of(folder: Path) -> str:
+    """The layout transformers saved: its versions differ."""
+    from conversion.checkpoint import open_checkpoint
+
+    return open_checkpoint(folder).layout.layout
+
+
+def benchmark_memory(folder: Path, layers: int) -> dict[str, Any]:
+    """Peak resident size (VmHWM) of converting under bounds, on a checkpoint twelve times the larger one."""
+    source, output = folder / "hub", folder / "fused"
+    total = make_checkpoint(source, published_config("30B", layers))
+    result: dict[str, Any] = {"bytes": total, "runs": []}
+    for bound in ("1GB", "512MB"):
+        command = converter(source, output, "--max-ram", bound, "--json", "-")
+        seconds, peak, printed = run_measured(command)
+        own = json.loads(printed)["peak_memory_bytes"]
+        limit = {"1GB": 10**9, "512MB": 512 * 10**6}[bound]
+        row = {
+            "max_ram": bound,
+            "vm_hwm_bytes": peak,
+            "own_report_bytes": own,
+            "seconds": seconds,
+            "under": peak <= limit,
+        }
+        result["runs"].append(row)
+        print(f"{total / 1e9:.2f} GB under --max-ram {bound}: VmHWM {peak / 1e6:.0f} MB, {seconds:.0f} s")
+        checked = run_measured([sys.executable, "conversion/verify.py", "--quiet", "--hashes", str(output)])
+        print(f"its hashes hold ({checked[0]:.0f} s)")
+        shutil.rmtree(output)
+    return result
+
+
+def benchmark_plan(folder: Path) -> dict[str, Any]:
+    """The dry run of the real 235B-A22B, 471 GB, sparse on disk."""
+    source = folder / "hub"
+    total = make_checkpoint(source, published_config("235B"), sparse=True)
+    started = time.perf_counter()
+    done = subprocess.run(converter(source, folder / "fused", "--dry-run", "--max-ram", "1GB"), cwd=REPO,
+                          capture_output=True, text=True)  # fmt: skip
+    seconds = time.perf_counter() - started
+    lines = done.stdout.splitlines()
+    print("\n".join([*lines[:7], f"… {len(lines) - 13} more files …", *lines[-6:], done.stderr.strip()]))
+    print(f"{seconds:.1f} s")
+    return {"bytes": total, "seconds": seconds, "exit_code": done.returncode, "lines": lines}
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {"python": platform.python_version(), "system": platform.platform(), "cores": str(os.cpu_count())}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            found["processor"] = line.partition(":")[2].strip()
+    for package in ("numpy", "numba", "xxhash", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+# What a word runs, and how many layers its checkpoint has by default; 8 are 12 GB.
+BENCHMARKS: dict[str, tuple[Callable[[Path, int], dict[str, Any]], int]] = {
+    "ratio": (benchmark_ratio, 2),
+    "transpose": (lambda folder, layers: benchmark_transpose(), 0),
+    "upstream": (benchmark_upstream, 2),
+    "memory": (benchmark_memory, 8),
+    "plan": (lambda folder, layers: benchmark_plan(folder), 0),
+}
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help=f"of {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "--dir", type=Path, help="folder for the checkpoints (default: the system's for temporary files)"
+    )
+    parser.add_argument("--layers", type=int, help="decoder layers (default 2; for memory 8, which is 12 GB)")
+    args = parser.parse_args()
+    if set(args.words) - set(BENCHMARKS):
+        parser.error(f"words are {', '.join(BENCHMARKS)}")
+    RESULTS.mkdir(exist_ok=True)
+    for word in args.words or BENCHMARKS:
+        print(f"== {word}", flush=True)
+        benchmark, layers = BENCHMARKS[word]
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            result = benchmark(Path(folder), args.layers or layers)
+        options = f" --layers {args.layers}" if args.layers else ""
+        record = {
+            "command": f"python scripts/benchmark_conversion.py {word}{options}",
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "versions": versions(),
+            "result": result,
+        }
+        (RESULTS / f"benchmark_conversion_{word}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

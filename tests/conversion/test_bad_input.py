@@ -257,6 +257,7 @@ WRONG_WORDS: dict[str, tuple[list[str], int, str]] = {
     "size without a meaning": (["--max-ram", "lots"], 2, "'lots' is no size above zero"),
     "too little memory": (["--max-ram", "20MB"], 2, "is too little for this checkpoint; use at least"),
     "workers none": (["--workers", "0"], 2, "'0' is not a whole number above zero"),
+    "a GPU that is not there": (["--device", "cuda"], 2, "--device cuda cannot be used"),
     "resume and overwrite": (["--resume", "--overwrite"], 2, "not allowed with argument"),
     "source-layout against the shapes": (["--source-layout", "fused"], 2, "contradicts the expert tensors"),
     "source-layout per-expert": (["--source-layout", "per-expert"], 2, "contradicts the expert tensors"),
@@ -294,7 +295,8 @@ def test_bad_input(tmp_path, good, capsys, case):
 
 
 @pytest.mark.parametrize("case", WRONG_WORDS)
-def test_wrong_words(tmp_path, good, capsys, case):
+def test_wrong_words(tmp_path, good, capsys, monkeypatch, case):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options, code, message = WRONG_WORDS[case]
     actual, error = run(capsys, good, tmp_path / "out", *options)
     assert actual == code and message in error, error

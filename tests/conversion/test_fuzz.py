@@ -19,12 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conversion import hf_to_veomni, verify
-from conversion.checkpoint import HF_INDEX, MANIFEST
+from conversion.checkpoint import MANIFEST
 from tests.conversion.synthetic import toy_config, write_checkpoint
 
 # What a case may add to the process's peak; a header of 16 MB, the largest allowed, is not among the cases.
 MEMORY_BYTES = 128 * 2**20
-SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=20),
@@ -110,30 +109,36 @@ def join_shard(header: Any, data: bytes) -> bytes:
 def cases(original: dict[str, bytes]) -> st.SearchStrategy[tuple[str, bytes]]:
     """(file, new content): one file of the checkpoint, mutated as JSON or as bytes."""
     choices = []
-    for name in SHARDS:
-        header, data = split_shard(original[name])
-        choices.append(mutated_json(header).map(lambda h, n=name, d=data: (n, join_shard(h, d))))
-        head = original[name][: len(original[name]) - len(data)]
-        choices.append(mutated_bytes(head).map(lambda h, n=name, d=data: (n, h + d)))
-    for name in (HF_INDEX, "config.json", MANIFEST):
-        content = json.loads(original[name])
-        choices.append(mutated_json(content).map(lambda c, n=name: (n, json.dumps(c).encode("utf-8", "surrogatepass"))))
-        choices.append(mutated_bytes(original[name]).map(lambda b, n=name: (n, b)))
+    for name, content in original.items():
+        if name.endswith(".safetensors"):
+            header, data = split_shard(content)
+            head = content[: len(content) - len(data)].rstrip()
+            choices.append(mutated_json(header).map(lambda h, n=name, d=data: (n, join_shard(h, d))))
+            choices.append(mutated_bytes(head).map(lambda h, n=name, d=data: (n, h + d)))
+        elif name.endswith(".json"):
+            parsed = json.loads(content)
+            choices.append(
+                mutated_json(parsed).map(lambda c, n=name: (n, json.dumps(c).encode("utf-8", "surrogatepass")))
+            )
+            choices.append(mutated_bytes(content).map(lambda b, n=name: (n, b)))
     return st.one_of(choices)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
-    """A small converted checkpoint: two shards, index, config and manifest."""
+def checkpoints(tmp_path_factory) -> tuple[Path, dict[str, dict[str, bytes]]]:
+    """Small converted checkpoints, the files of each: shards, index, config and manifest."""
     folder = tmp_path_factory.mktemp("fuzz")
     config = toy_config(hidden_size=8, intermediate_size=6, moe_intermediate_size=3, num_experts=2, vocab_size=10,
                         num_hidden_layers=2, mlp_only_layers=[], num_attention_heads=2, head_dim=4)  # fmt: skip
     config["vision_config"] |= {"depth": 1, "hidden_size": 4, "intermediate_size": 5, "num_position_embeddings": 4,
                                 "patch_size": 2, "deepstack_visual_indexes": [0]}  # fmt: skip
     write_checkpoint(folder / "in", "hub", config)
-    assert hf_to_veomni.main([str(folder / "in"), str(folder / "good"), "--max-shard-size", "4KB", "--quiet"]) == 0
-    files = {path.name: path.read_bytes() for path in (folder / "good").iterdir()}
-    assert set(SHARDS) <= set(files)
+    words = {"fused": ["--max-shard-size", "4KB"], "ep-sharded": ["--target", "ep-sharded", "--ep-size", "2"]}
+    files = {}
+    for name, options in words.items():
+        assert hf_to_veomni.main([str(folder / "in"), str(folder / name), "--quiet", *options]) == 0
+        files[name] = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+        assert sum(file.endswith(".safetensors") for file in files[name]) >= 2
     return folder, files
 
 
@@ -159,23 +164,24 @@ def check_case(folder: Path, files: dict[str, bytes], name: str, content: bytes)
     assert grown < MEMORY_BYTES, f"{grown} bytes more"
 
 
-def fuzz(checkpoint: tuple[Path, dict[str, bytes]], count: int) -> None:
-    folder, files = checkpoint
+def fuzz(checkpoints: tuple[Path, dict[str, dict[str, bytes]]], count: int) -> None:
+    folder, files = checkpoints
+    of_each = [cases(content).map(lambda case, n=name: (n, *case)) for name, content in files.items()]
 
     # A case takes milliseconds; ten seconds is a hang.
     @settings(max_examples=count, deadline=10_000, database=None, derandomize=True,
               suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(case=cases(files))
-    def run(case: tuple[str, bytes]) -> None:
-        check_case(folder, files, *case)
+    @given(case=st.one_of(of_each))
+    def run(case: tuple[str, str, bytes]) -> None:
+        check_case(folder, files[case[0]], *case[1:])
 
     run()
 
 
-def test_fuzz(checkpoint):
-    fuzz(checkpoint, 500)
+def test_fuzz(checkpoints):
+    fuzz(checkpoints, 500)
 
 
 @pytest.mark.fuzz
-def test_fuzz_long(checkpoint):
-    fuzz(checkpoint, 20_000)
+def test_fuzz_long(checkpoints):
+    fuzz(checkpoints, 20_000)

@@ -8,7 +8,7 @@ import torch
 
 from conversion.cast import Findings, cast, cast_into, find_non_finite, find_overflow, storage_dtype
 from conversion.shard_io import DTYPE_BYTES
-from conversion.transpose import WORTH_NUMBA, choose_kernel, transpose_numpy
+from conversion.transpose import WORTH_NUMBA, choose_kernel, torch_kernel, transpose_numpy
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -18,6 +18,13 @@ def kernels():
     simd = choose_kernel(WORTH_NUMBA)
     missing = pytest.mark.skipif(simd is transpose_numpy, reason="numba is not installed")
     yield pytest.param(simd, id="simd", marks=missing)
+    yield pytest.param(torch_kernel("cpu"), id="torch")
+    if torch.cuda.is_available():
+        cuda = torch_kernel("cuda")
+        yield pytest.param(cuda, id="cuda", marks=pytest.mark.gpu)
+    else:
+        skip = pytest.mark.skip(reason="no CUDA device")
+        yield pytest.param(None, id="cuda", marks=[pytest.mark.gpu, skip])
 
 
 @pytest.mark.parametrize("kernel", list(kernels()))
