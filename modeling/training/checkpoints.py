@@ -34,7 +34,7 @@ class Checkpoints:
     def __init__(self, folder: Path, state: ParallelState, keep: int, asynchronous: bool) -> None:
         self.folder, self.state, self.keep, self.asynchronous = folder, state, keep, asynchronous
         self.pending: tuple[Path, Future[Any]] | None = None
-        # A group of its own: the writer's exchanges must not meet the training loop's.
+        # The writer's alone: it exchanges in a thread of its own, and must not meet what the training loop exchanges.
         self.group: Any = dist.new_group(backend="gloo")
 
     def _path(self, step: int) -> Path:
@@ -48,7 +48,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, as rank 0 sees it."""
         box = [self.steps()[-1:] if self.state.rank == 0 else []]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        dist.broadcast_object_list(box, src=0)
         return box[0][0] if box[0] else None
 
     def _content(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

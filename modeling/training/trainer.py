@@ -129,7 +129,7 @@ class Trainer:
     def save(self, wait: bool) -> None:
         """Write a checkpoint of this moment, between two steps."""
         positions: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(positions, self.position, group=self.checkpoints.group)
+        dist.all_gather_object(positions, self.position)
         self.progress.positions = positions[:: self.state.sp_size]
         self.checkpoints.save(self.progress.step, self.model, self.optimizer, {**vars(self.progress)}, wait)
 
@@ -160,7 +160,7 @@ class Trainer:
         ]
         total = torch.tensor(own, dtype=torch.float64)
         if self.state.world_group is not None:
-            dist.all_reduce(total, group=self.checkpoints.group)
+            dist.all_reduce(total, group=self.state.world_group)
         valid, tokens, samples, bad, step_flops, rows, stops, errors = total.tolist()
         if errors:
             with fail_together(self.state.world_group):
@@ -211,7 +211,7 @@ class Trainer:
             for share, pack in zip(shares, plan.packs, strict=False)
         ]
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own, group=self.checkpoints.group)
+        dist.all_gather_object(gathered, own)
         step = self.progress.step + 1
         path = self.folder / f"non_finite_step_{step}.json"
         loss, _, norm = values
