@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def median_ms(function: Callable[[], Any], warmup_ms: int = 25, repeat_ms: int =
     """Median milliseconds of a call after warm-up, by CUDA events, the L2 cache flushed between calls."""
     from triton.testing import do_bench
 
+    # So that none is timed on a chip that the one before it has heated.
+    torch.cuda.synchronize()
+    time.sleep(0.7)
     return float(do_bench(function, warmup=warmup_ms, rep=repeat_ms, return_mode="median"))
 
 

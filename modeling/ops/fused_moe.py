@@ -3,7 +3,7 @@
     backend      where                         what
     eager        anywhere, no EP               the readable loop that the others are tested against
     grouped_mm   anywhere                      torch's grouped matrix product; Triton for the element-wise steps on GPUs
-    quack        Hopper and newer, bf16        gather and SwiGLU inside the GEMMs (package quack-kernels)
+    quack        Hopper, 16 bits               gather and SwiGLU inside the GEMMs (package quack-kernels)
 
 The fast backends share everything but the matrix products (`moe_layer.py`). torch.compile sees the layer as one
 operator (`moe_operator.py`); under expert parallelism, whose exchanges have sizes that only a run knows, it breaks the
@@ -124,13 +124,13 @@ def _choose_backend(
     if dtype not in (torch.bfloat16, torch.float16):
         return "grouped_mm", "quack computes in 16 bits"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        return "grouped_mm", f"quack needs compute capability 9.0 (Hopper), this is {major}.{minor}"
+    if major != 9:
+        return "grouped_mm", f"quack is tuned for compute capability 9.0 (Hopper), this is {major}.{minor}"
     if hidden_size % 8 or intermediate_size % 8:
         return "grouped_mm", f"quack needs widths divisible by 8, these are {hidden_size} and {intermediate_size}"
     if importlib.util.find_spec("quack") is None:
         return "grouped_mm", "quack-kernels is not installed; pip install 'qwen3-vl-moe-veomni[hopper]'"
-    return "quack", "Hopper or newer with quack-kernels installed"
+    return "quack", "Hopper, with quack-kernels installed"
 
 
 def _check(

@@ -202,37 +202,37 @@ class _LinearLogProbs(torch.autograd.Function):
 class _WeightGradient:
     """The sum over chunks of d_logits.T @ hidden, without rounding each chunk's part to 16 bits.
 
-    bf16 on a GPU: the result itself and 8 more bits beside it (`vocab_triton.add_product_`). Otherwise fp32.
+    bf16 on Hopper: the result itself and 8 more bits beside it (`vocab_triton.add_product_`). Otherwise fp32.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.dtype = weight.dtype
+        self.started = False
         self.extra: torch.Tensor | None = None
-        self.empty = True
-        if use_triton(weight) and weight.dtype == torch.bfloat16:
-            self.total = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            self.extra = torch.empty_like(self.total, dtype=torch.int8)
-        else:
-            self.total = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+        if use_triton(weight):
+            from modeling.ops import vocab_triton
+
+            if vocab_triton.takes_product(weight):
+                self.extra = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        dtype = torch.float32 if self.extra is None else weight.dtype
+        self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
 
     def add(self, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """d_logits (C, V), hidden (C, H)."""
         if self.extra is not None:
             from modeling.ops import vocab_triton
 
-            vocab_triton.add_product_(self.total, self.extra, d_logits, hidden.contiguous(), first=self.empty)
+            vocab_triton.add_product_(self.total, self.extra, d_logits, hidden.contiguous(), first=not self.started)
         elif self.dtype == torch.float32:
             self.total.addmm_(d_logits.T, hidden)
         elif self.total.is_cuda:
             torch.addmm(self.total, d_logits.T, hidden, out_dtype=torch.float32, out=self.total)
         else:
             self.total.addmm_(d_logits.T.float(), hidden.float())
-        self.empty = False
+        self.started = True
 
     def finish(self) -> torch.Tensor:
         """(V, H) in the weight's dtype."""
-        if self.extra is not None and self.empty:
-            return self.total.zero_()
         return self.total.to(self.dtype)
 
 

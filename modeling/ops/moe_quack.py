@@ -5,8 +5,8 @@ epilogue; in backward every product that needs token rows gathers them again, so
 pre-activation with gate and up columns in turn (column 2i gate, 2i + 1 up) and reads the weights, whose gate rows come
 first, through that pattern, so no weight is rearranged.
 
-Tile shapes are pinned here per kind of product (measured on an H100 by scripts/tune_moe.py); quack's own
-tuner would spend minutes per shape.
+Tile shapes are pinned here per kind of product (measured on an H100 by scripts/tune_moe.py); quack's own tuner would
+spend minutes per shape. Newer chips get quack's default for the chip; that has not been run.
 
 Letters: R rows, H hidden, I expert intermediate, e experts on this rank.
 """
@@ -39,14 +39,14 @@ def _config(
 
 @dataclass(frozen=True)
 class Tiles:
-    """The configuration of each product of the layer."""
+    """The configuration of each product of the layer; None: quack's default for the chip."""
 
-    up: GemmConfig
-    down: GemmConfig
-    d_act: GemmConfig
-    d_rows: GemmConfig
-    d_down: GemmConfig
-    d_gate_up: GemmConfig
+    up: GemmConfig | None = None
+    down: GemmConfig | None = None
+    d_act: GemmConfig | None = None
+    d_rows: GemmConfig | None = None
+    d_down: GemmConfig | None = None
+    d_gate_up: GemmConfig | None = None
 
 
 _BROAD = _config(128, 256, "cooperative", (2, 1))
@@ -70,8 +70,11 @@ _LARGE_EXPERTS = Tiles(
 )
 
 
-def tiles_for(num_rows: int, num_experts: int, intermediate_size: int) -> Tiles:
+def tiles_for(num_rows: int, down_proj: torch.Tensor) -> Tiles:
     """The pinned tile shapes: by the experts' width, and by rows per expert, known from shapes alone."""
+    num_experts, _, intermediate_size = down_proj.shape
+    if torch.cuda.get_device_capability(down_proj.device)[0] != 9:
+        return Tiles()
     if intermediate_size >= 1024:
         return _LARGE_EXPERTS
     return _SMALL_EXPERTS if num_rows >= 512 * num_experts else _SMALL_EXPERTS_FEW_ROWS
@@ -81,7 +84,7 @@ def forward(
     x: torch.Tensor, source: torch.Tensor, offsets: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `moe_grouped.forward`; pre's columns alternate between gate and up."""
-    tiles = tiles_for(source.shape[0], down_proj.shape[0], down_proj.shape[2])
+    tiles = tiles_for(source.shape[0], down_proj)
     pre, act = gemm_gated(
         x.contiguous(),
         gate_up_proj.mT,
@@ -111,8 +114,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """See `moe_grouped.backward`."""
     d_out, x = d_out.contiguous(), x.contiguous()
-    tiles = tiles_for(source.shape[0], down_proj.shape[0], down_proj.shape[2])
-    # quack can do the next step in this product's epilogue (gemm_dgated); measured, the two kernels are faster.
+    tiles = tiles_for(source.shape[0], down_proj)
+    # quack could do SwiGLU's adjoint in this product's epilogue (gemm_dgated): as fast at I = 768, slower at 1,536.
     d_act = rows_product(d_out, down_proj, offsets, tiles.d_act, gather=source)  # (R, I)
     d_pre, weighted_act, d_row_weight = moe_triton.swiglu_backward(d_act, pre, row_weight, interleaved=True)
     del d_act
@@ -133,7 +136,7 @@ def rows_product(
     rows: torch.Tensor,
     weight: torch.Tensor,
     offsets: torch.Tensor,
-    config: GemmConfig,
+    config: GemmConfig | None,
     gather: torch.Tensor | None = None,
     concat: tuple[str, ...] | None = None,
 ) -> torch.Tensor:
@@ -143,7 +146,7 @@ def rows_product(
     if num_rows:
         gemm_tuned.fn(
             rows, weight, out, cu_seqlens_m=offsets, A_idx=gather, concat_layout=concat, config=config,
-            dynamic_scheduler=config.is_dynamic_persistent,
+            dynamic_scheduler=config is not None and config.is_dynamic_persistent,
         )  # fmt: skip
     return out
 
@@ -154,7 +157,7 @@ def weight_product(
     source: torch.Tensor,
     offsets: torch.Tensor,
     out: torch.Tensor,
-    config: GemmConfig,
+    config: GemmConfig | None,
     concat: tuple[str, ...] | None = None,
 ) -> None:
     """out[e] (C, D) = gathered[source].T @ rows over expert e's rows; zero for an expert without rows."""
@@ -163,5 +166,4 @@ def weight_product(
         return
     gemm_tuned.fn(
         gathered.T, rows, out, cu_seqlens_k=offsets, A_idx=source, concat_layout=concat, config=config,
-        dynamic_scheduler=config.is_dynamic_persistent,
     )  # fmt: skip

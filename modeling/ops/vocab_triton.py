@@ -4,8 +4,8 @@ Rows (`vocab_softmax.py` has the reference): a program owns a row. It walks over
 keeping a running maximum and sum per lane, and a second time for the gradient, while the row is still in the L2 cache.
 At V = 151,936 a block of logits is moved about once in and once out.
 
-Sum: `add_product_` keeps the sum of products as 24-bit floats, the top 16 bits rounded to bf16 and 8 more beside them,
-so that the running sum is also the result, and takes 3 bytes where fp32 and the bf16 result take 6.
+Sum: `add_product_` keeps a running sum of products as 24-bit floats, the top 16 bits rounded to bf16 and 8 more beside
+them, so that the sum is also the result, and takes 3 bytes where fp32 and the bf16 result take 6.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _BLOCK_V = 4096
 _NUM_WARPS = 16
-PREFETCH = True
-_PRODUCT_BLOCKS = (128, 128, 64, 8, 4)  # vocabulary, hidden, rows; warps, stages
+_PRODUCT_BLOCKS = (128, 256, 64, 8, 3)  # vocabulary, hidden, rows; warps, stages
 
 
 @triton.jit
@@ -154,11 +154,22 @@ def logits_gradient_(
 
 
 @triton.jit
-def _prefetch(pointers):
-    """Ask for the cache lines of `pointers` to be brought from memory to L2; nobody waits for them here."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _split(total):
+    """fp32 -> its pattern rounded to 16 bits (bf16), and the rest rounded to 8 signed bits."""
+    bits = total.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x8000) >> 16
+    rest = tl.minimum((bits - (rounded << 16) + 0x80) >> 8, 127)
+    return rounded.to(tl.int16), rest.to(tl.int8)
+
+
+@triton.jit
+def _add_half(high, low, v, h, product, FIRST: tl.constexpr):
+    if not FIRST:
+        bits = (high.load([v, h]).to(tl.int32) << 16) + (low.load([v, h]).to(tl.int32) << 8)
+        product += bits.to(tl.float32, bitcast=True)
+    rounded, rest = _split(product)
+    high.store([v, h], rounded)
+    low.store([v, h], rest)
 
 
 @triton.jit
@@ -167,70 +178,57 @@ def _add_product_kernel(
     low,
     left,
     right,
-    V,
     H,
     C,
     FIRST: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     # All blocks of a vocabulary range run side by side, so that the range of `left` is read from memory once.
     blocks_h = tl.cdiv(H, BLOCK_H)
-    row = (tl.program_id(0) // blocks_h) * BLOCK_V + tl.arange(0, BLOCK_V)
-    column = (tl.program_id(0) % blocks_h) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inner = tl.arange(0, BLOCK_C)
-    left_at = left + inner[:, None].to(tl.int64) * V + (row % V)[None, :]
-    right_at = right + inner[:, None] * H + (column % H)[None, :]
-    at = row[:, None].to(tl.int64) * H + column[None, :]
-    if PREFETCH and not FIRST:
-        # The sum so far is needed when the product is done; a line is 128 bytes, 64 of `high` or 128 of `low`.
-        line = (row % V)[:, None].to(tl.int64) * H + (tl.program_id(0) % blocks_h) * BLOCK_H
-        last = H - 1 - (tl.program_id(0) % blocks_h) * BLOCK_H
-        _prefetch(high + line + tl.minimum(64 * tl.arange(0, BLOCK_H // 64), last)[None, :])
-        _prefetch(low + line + tl.minimum(128 * tl.arange(0, BLOCK_H // 128), last)[None, :])
+    v = (tl.program_id(0) // blocks_h) * BLOCK_V
+    h = (tl.program_id(0) % blocks_h) * BLOCK_H
     total = tl.zeros([BLOCK_V, BLOCK_H], dtype=tl.float32)
-    for begin in range(0, C, BLOCK_C):
-        mask = inner[:, None] < C - begin
-        a = tl.load(left_at, mask=mask, other=0.0)
-        b = tl.load(right_at, mask=mask, other=0.0)
-        total = tl.dot(tl.trans(a), b, total)
-        left_at += BLOCK_C * V
-        right_at += BLOCK_C * H
-    mask = (row[:, None] < V) & (column[None, :] < H)
-    if not FIRST:
-        bits = (tl.load(high + at, mask=mask, other=0).to(tl.int32) << 16) + (
-            tl.load(low + at, mask=mask, other=0).to(tl.int32) << 8
-        )
-        total += bits.to(tl.float32, bitcast=True)
-    bits = total.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x8000) >> 16
-    rest = tl.minimum((bits - (rounded << 16) + 0x80) >> 8, 127)
-    tl.store(high + at, rounded.to(tl.int16), mask=mask)
-    tl.store(low + at, rest.to(tl.int8), mask=mask)
+    for c in range(0, C, BLOCK_C):
+        total = tl.dot(left.load([c, v]).T, right.load([c, h]), total)
+    # In halves: the sum so far would not fit into shared memory beside the blocks in flight.
+    first_half, second_half = tl.split(tl.permute(tl.reshape(total, (BLOCK_V, 2, BLOCK_H // 2)), (0, 2, 1)))
+    _add_half(high, low, v, h, first_half, FIRST)
+    _add_half(high, low, v, h + BLOCK_H // 2, second_half, FIRST)
+
+
+def takes_product(weight: torch.Tensor) -> bool:
+    """Whether `add_product_` can sum the gradient of weight (V, H): bf16, Hopper or newer, rows of whole 16 bytes."""
+    return (
+        weight.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+        and weight.shape[0] % 8 == 0
+        and weight.shape[1] % 16 == 0
+    )
 
 
 def add_product_(high: torch.Tensor, low: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
     """high + low (+)= left.T @ right, where `first` starts the sum.
 
     Args: high (V, H) bf16, the sum rounded; low (V, H) int8, the next 8 bits of its fp32 pattern, signed; left (C, V)
-    and right (C, H) bf16, contiguous.
+    and right (C, H) bf16. All contiguous, with rows of whole 16 bytes: blocks move by the tensor memory accelerator.
     """
-    assert left.is_contiguous() and right.is_contiguous() and high.is_contiguous()
     (rows, vocabulary), hidden = left.shape, right.shape[1]
     block_v, block_h, block_c, warps, stages = _PRODUCT_BLOCKS
+
+    def blocks(tensor: torch.Tensor, *shape: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, list(shape))
+
     grid = (triton.cdiv(vocabulary, block_v) * triton.cdiv(hidden, block_h),)
     _add_product_kernel[grid](
-        high.view(torch.int16),
-        low,
-        left,
-        right,
-        vocabulary,
+        blocks(high.view(torch.int16), block_v, block_h // 2),
+        blocks(low, block_v, block_h // 2),
+        blocks(left, block_c, block_v),
+        blocks(right, block_c, block_h),
         hidden,
         rows,
         FIRST=first,
-        PREFETCH=PREFETCH,
         BLOCK_V=block_v,
         BLOCK_H=block_h,
         BLOCK_C=block_c,
