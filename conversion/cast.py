@@ -54,6 +54,8 @@ def cast_into(out: np.ndarray, bits: np.ndarray, source: str, target: str) -> No
 
 def cast(bits: np.ndarray, source: str, target: str) -> np.ndarray:
     """`bits` of dtype `source` as bits of dtype `target`."""
+    if source == target:
+        return bits
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         values = _bfloat16_to_float32(bits) if source == "BF16" else bits.view(_NATIVE[source])
         if target == "BF16":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conversion.cast import FLOATS
 from conversion.errors import InputError
 from conversion.inventory import ModelDims, expected_tensors, model_dims, read_config
 from conversion.layout import LAYOUTS, Stamp, StoredTensor, detect_layout, logical_name, read_stamp, stored_tensors
@@ -30,8 +31,7 @@ class Checkpoint:
     """An opened checkpoint folder.
 
     `stored` maps (stored name, ep_rank) to its place; ep_rank is None except for the experts of ep-sharded folders.
-    `experts` maps each logical expert tensor to the stored tensors that hold it. `unknown` are stored tensors that the
-    model does not have.
+    `logical` are the model's tensors and their shapes, `unknown` the stored ones that the model does not have.
     """
 
     folder: Path
@@ -45,11 +45,14 @@ class Checkpoint:
 
     def parts(self, name: str) -> list[StoredTensor]:
         """The stored tensors of logical tensor `name`; for any tensor but the experts that is the tensor itself."""
-        shape = self.logical[name]
-        if logical_name(name) is None:
-            return [StoredTensor(name, shape, (0, 1), (0, 1))]
-        assert len(shape) == 3
-        return list(stored_tensors(self.layout.layout, name, shape, self.layout.ep_size))
+        return _parts(name, self.logical[name], self.layout)
+
+
+def _parts(name: str, shape: tuple[int, ...], layout: Stamp) -> list[StoredTensor]:
+    if logical_name(name) is None:
+        return [StoredTensor(name, shape, (0, 1), (0, 1))]
+    assert len(shape) == 3
+    return list(stored_tensors(layout.layout, name, shape, layout.ep_size))
 
 
 def open_checkpoint(folder: Path, source_layout: str | None = None) -> Checkpoint:
@@ -175,12 +178,7 @@ def _check_inventory(
     known: set[tuple[str, int | None]] = set()
     missing: list[str] = []
     for name, shape in logical.items():
-        if logical_name(name) is None:
-            parts = [StoredTensor(name, shape, (0, 1), (0, 1))]
-        else:
-            assert len(shape) == 3
-            parts = list(stored_tensors(layout.layout, name, shape, layout.ep_size))
-        for part in parts:
+        for part in _parts(name, shape, layout):
             known.add((part.name, part.ep_rank))
             location = stored.get((part.name, part.ep_rank))
             if location is None:
@@ -191,8 +189,8 @@ def _check_inventory(
                 )
     if missing:
         raise InputError(f"{len(missing)} tensor(s) of the model are missing: {_some(missing)}")
-    for (name, _), location in stored.items():
-        if location.info.dtype not in ("BF16", "F16", "F32", "F64") and (name, None) in known:
+    for (name, rank), location in stored.items():
+        if location.info.dtype not in FLOATS and (name, rank) in known:
             raise InputError(f"{location.path}: {name} is {location.info.dtype}, not a floating-point weight")
     unknown = sorted(name for name, rank in stored if (name, rank) not in known)
     stray = [name for name in unknown if (name, None) not in stored]

@@ -20,6 +20,7 @@ from conversion.layout import LAYOUTS, Stamp
 from conversion.manifest import dump
 from conversion.plan import make_plan
 from conversion.report import describe_plan, findings_lines, summary, summary_line
+from conversion.transpose import choose_kernel
 
 DTYPES = {"bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "fp16": "F16", "float32": "F32", "fp32": "F32"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -74,7 +75,7 @@ def convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--target ep-sharded and --ep-size N belong together")
     started = time.monotonic()
     log = (lambda message: None) if args.quiet else (lambda message: print(message, file=sys.stderr))
-    settings = Settings(args.workers, args.resume, args.overwrite, args.allow_overflow, args.quiet, args.device, log)
+    settings = Settings(args.workers, args.resume, args.overwrite, args.allow_overflow, args.quiet, log)
     folder, origin = resolve_input(args.input, args.revision)
     if not args.dry_run:
         check_folders(folder, args.output, settings)
@@ -82,10 +83,11 @@ def convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     companions = find_companions(folder)
     target = Stamp(args.target, ep_size or 1)
     plan = make_plan(source, target, DTYPES.get(args.dtype), args.max_shard_size, args.keep_unknown)
-    budget = make_budget(plan, args.max_ram, args.workers, args.device)
+    kernel = choose_kernel(plan.transposed_bytes, args.device)
+    budget = make_budget(plan, args.max_ram, args.workers)
     disk = measure_disk(plan, companions, args.output)
     if args.dry_run:
-        print(describe_plan(plan, companions, budget, disk, args.workers))
+        print(describe_plan(plan, companions, budget, kernel, disk, args.workers))
         disk.check()
         return
     disk.check()
@@ -100,7 +102,7 @@ def convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         "keep_unknown": args.keep_unknown,
         "allow_overflow": args.allow_overflow,
     }
-    outcome = run_plan(plan, companions, args.output, budget, settings, origin, options)
+    outcome = run_plan(plan, companions, args.output, budget, kernel, settings, origin, options)
     for line in findings_lines(outcome.records):
         print(f"note: {line}", file=sys.stderr)
     content = summary(plan, outcome, time.monotonic() - started, str(args.output))

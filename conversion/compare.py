@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def compare(
             place = _first_unequal(made_a, made_b)
             advance(made_a.nbytes)
             if place is not None:
-                values = prod_of_unit(one) * piece.first + place
+                values = prod(one.part.shape) // max(1, one.units) * piece.first + place
                 index = tuple(int(i) for i in np.unravel_index(values, one.part.shape))
                 return Difference(name, f"at {list(index)} {_value(made_a[place], one.dtype)} in A, "
                                         f"{_value(made_b[place], one.dtype)} in B ({form} form)")  # fmt: skip
@@ -72,14 +73,6 @@ def compare(
 
     with ThreadPoolExecutor(workers) as pool:
         return only + [difference for difference in pool.map(first_difference, common) if difference is not None]
-
-
-def prod_of_unit(tensor: OutputTensor) -> int:
-    """Values in one unit (expert, or value) of a tensor."""
-    size = 1
-    for length in tensor.part.shape:
-        size *= length
-    return size // max(1, tensor.units)
 
 
 def _tensors(checkpoint: Checkpoint, form: str) -> dict[str, OutputTensor]:
@@ -101,8 +94,7 @@ def _value(bits: np.generic, dtype: str) -> str:
     shown = f"0x{int(bits):0{2 * bits.itemsize}x}"
     if dtype not in FLOATS:
         return shown
-    wide = cast(np.array([bits]), dtype, "F64") if dtype != "F64" else np.array([bits])
-    return f"{wide.view(np.float64)[0]!r:.24} ({shown})".replace("np.float64(", "").replace(") (", " (")
+    return f"{float(cast(np.array([bits]), dtype, 'F64').view(np.float64)[0])!r} ({shown})"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -18,7 +18,7 @@ from conversion.hashing import PREFERRED
 from conversion.manifest import FileRecord, dump, index_file, manifest, write_atomically
 from conversion.plan import Plan
 from conversion.progress import Progress
-from conversion.transpose import choose_kernel
+from conversion.transpose import Kernel
 from conversion.write import TEMPORARY, Writer
 
 SAFETENSORS = ".safetensors"
@@ -33,7 +33,6 @@ class Settings:
     overwrite: bool = False
     allow_overflow: bool = False
     quiet: bool = True
-    device: str = "cpu"
     log: Callable[[str], None] = lambda message: None
 
 
@@ -99,6 +98,7 @@ def run_plan(
     companions: Companions,
     output: Path,
     budget: Budget,
+    kernel: Kernel,
     settings: Settings,
     origin: str,
     options: dict[str, Any],
@@ -119,7 +119,6 @@ def run_plan(
         missing = [file for file in plan.files if file.name not in done]
         kept = sum(file.data_bytes for file in plan.files if file.name in done)
         with Progress(plan.data_bytes, settings.quiet, kept) as progress:
-            kernel = choose_kernel(plan.transposed_bytes, settings.device)
             writer = Writer(plan.source, output, budget, settings.workers, algorithm, kernel, progress.advance)
             written = writer.write(missing)
         by_name = done | {record.name: record for record in written}

@@ -15,14 +15,14 @@ from conversion.manifest import FileRecord
 from conversion.plan import Plan
 from conversion.progress import duration
 from conversion.shard_io import byte_view, read_into
-from conversion.transpose import choose_kernel
+from conversion.transpose import Kernel
 
 # What the disk takes is not measured, since a dry run writes nothing: one consumer SSD, or one cloud disk.
 ASSUMED_WRITE_RATE = 0.5e9
 _SAMPLE_BYTES = 16 * 2**20
 
 
-def describe_plan(plan: Plan, companions: Companions, budget: Budget, disk: Disk, workers: int) -> str:
+def describe_plan(plan: Plan, companions: Companions, budget: Budget, kernel: Kernel, disk: Disk, workers: int) -> str:
     """The table that --dry-run prints."""
     source = plan.source
     read = sum(header.size for header in source.headers)
@@ -33,7 +33,7 @@ def describe_plan(plan: Plan, companions: Companions, budget: Budget, disk: Disk
     width = max(len(file.name) for file in plan.files)
     rows.append(f"{'file':{width}}  tensors   bytes")
     rows += [f"{file.name:{width}}  {len(file.tensors):7d}   {file.size:,}" for file in plan.files]
-    seconds, by = estimate_seconds(plan, workers)
+    seconds, by = estimate_seconds(plan, kernel, workers)
     rows += [
         "",
         f"disk:   {disk.needed / 1e9:.2f} GB to write, {disk.free / 1e9:.2f} GB free",
@@ -45,12 +45,11 @@ def describe_plan(plan: Plan, companions: Companions, budget: Budget, disk: Disk
     return "\n".join(rows)
 
 
-def estimate_seconds(plan: Plan, workers: int) -> tuple[float, str]:
+def estimate_seconds(plan: Plan, kernel: Kernel, workers: int) -> tuple[float, str]:
     """Seconds a run will take, and what that rests on: a sample of the source read, transposed and hashed here."""
     largest = max(plan.source.headers, key=lambda header: header.size)
     sample = np.ones(min(_SAMPLE_BYTES, largest.size) // 8 * 8, np.uint8)
     matrix, out = np.ones((2048, 1536), np.uint16), np.ones((1536, 2048), np.uint16)
-    kernel = choose_kernel(plan.transposed_bytes)
 
     def work() -> None:
         if plan.transposed_bytes:

@@ -103,7 +103,8 @@ class Writer:
         journal.
         """
         finishing: list[Future[FileRecord]] = []
-        with ThreadPoolExecutor(self.workers) as pool, ThreadPoolExecutor(1) as finisher:
+        # Twice as many threads as there should be work for cores: at any time some wait for the disk.
+        with ThreadPoolExecutor(2 * self.workers) as pool, ThreadPoolExecutor(1) as finisher:
             try:
                 for file, piece, made in self._made(files, pool):
                     file.add(piece, made)

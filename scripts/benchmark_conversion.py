@@ -103,22 +103,38 @@ def make_checkpoint(folder: Path, config: dict[str, Any], sparse: bool = False) 
     return total
 
 
-def run_measured(command: list[str]) -> tuple[float, int, str]:
-    """(seconds, peak resident bytes, standard output) of a command; a failing one ends the benchmark."""
+# Runs a script as if it had been started itself, then says what the kernel counts: VmHWM, the process's own peak.
+# (getrusage's ru_maxrss begins with what the parent had before the exec.)
+MEASURED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    with open("/proc/self/status") as status:
+        print(next(line for line in status if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def run_measured(*command: object) -> tuple[float, int, str]:
+    """(seconds, peak resident bytes, standard output) of a Python script; a failing one ends the benchmark."""
+    words = [sys.executable, "-c", MEASURED, *map(str, command)]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024, output
+    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words[3:])} ended with {done.returncode}: {done.stderr}")
+    return seconds, int(done.stderr.rpartition("VmHWM:")[2].split()[0]) * 1024, done.stdout
 
 
-def converter(*arguments: object) -> list[str]:
-    """The command line of a conversion to fused."""
-    return [sys.executable, "conversion/hf_to_veomni.py", *map(str, arguments)]
+def run_timed(*command: object) -> float:
+    """Seconds a command takes; a failing one ends the benchmark."""
+    started = time.perf_counter()
+    subprocess.run([*map(str, command)], check=True)
+    return time.perf_counter() - started
+
+
+CONVERT, VERIFY = "conversion/hf_to_veomni.py", "conversion/verify.py"
 
 
 def benchmark_ratio(folder: Path, layers: int, repeats: int = 3) -> dict[str, Any]:
@@ -132,9 +148,9 @@ def benchmark_ratio(folder: Path, layers: int, repeats: int = 3) -> dict[str, An
             os.sync()
             _read_all(source)
             if name == "convert":
-                seconds, peak, _ = run_measured(converter(source, output, "--quiet"))
+                seconds, peak, _ = run_measured(CONVERT, source, output, "--quiet")
             else:
-                seconds = run_measured(["cp", "-r", str(source), str(copy)])[0] + run_measured(["sync"])[0]
+                seconds = run_timed("cp", "-r", source, copy) + run_timed("sync")
             rows[name].append(seconds)
             shutil.rmtree(target)
     best = {name: min(times) for name, times in rows.items()}
@@ -204,31 +220,20 @@ model.save_pretrained(sys.argv[2])
 
 def benchmark_upstream(folder: Path, layers: int) -> dict[str, Any]:
     """The same conversion by transformers: load the published layout, which transposes, and save."""
-    source = folder / "hub"
-    total = make_checkpoint(source, published_config("30B", layers))
-    result: dict[str, Any] = {"bytes": total}
-    commands = {
-        "transformers": [sys.executable, "-c", UPSTREAM, str(source), str(folder / "upstream")],
-        "this converter": converter(source, folder / "fused", "--quiet"),
-    }
-    for name, command in commands.items():
+    source, by_upstream, ours = folder / "hub", folder / "upstream", folder / "fused"
+    script = folder / "upstream.py"
+    script.write_text(UPSTREAM)
+    result: dict[str, Any] = {"bytes": make_checkpoint(source, published_config("30B", layers))}
+    for name, command in {"transformers": (script, source, by_upstream), "converter": (CONVERT, source, ours)}.items():
         os.sync()
         _read_all(source)
-        seconds, peak, _ = run_measured(command)
-        synced = run_measured(["sync"])[0]
-        result[name] = {"seconds": seconds + synced, "peak_bytes": peak}
-        print(f"{name:16} {seconds + synced:6.1f} s  peak {peak / 1e6:8.0f} MB")
-    verdict = run_measured([sys.executable, "conversion/verify.py", str(folder / "upstream"), str(folder / "fused"),
-                            "--quiet", "--layout-a", _layout_of(folder / "upstream")])  # fmt: skip
-    result["verify_seconds"] = verdict[0]
+        seconds, peak, _ = run_measured(*command)
+        seconds += run_timed("sync")
+        result[name] = {"seconds": seconds, "peak_bytes": peak}
+        print(f"{name:12} {seconds:6.1f} s  peak {peak / 1e6:8.0f} MB")
+    result["verify_seconds"] = run_measured(VERIFY, by_upstream, ours, "--quiet")[0]
+    print("the two outputs hold the same bits")
     return result
-
-
-def _layout_of(folder: Path) -> str:
-    """The layout transformers saved: its versions differ."""
-    from conversion.checkpoint import open_checkpoint
-
-    return open_checkpoint(folder).layout.layout
 
 
 def benchmark_memory(folder: Path, layers: int) -> dict[str, Any]:
@@ -237,8 +242,7 @@ def benchmark_memory(folder: Path, layers: int) -> dict[str, Any]:
     total = make_checkpoint(source, published_config("30B", layers))
     result: dict[str, Any] = {"bytes": total, "runs": []}
     for bound in ("1GB", "512MB"):
-        command = converter(source, output, "--max-ram", bound, "--json", "-")
-        seconds, peak, printed = run_measured(command)
+        seconds, peak, printed = run_measured(CONVERT, source, output, "--max-ram", bound, "--json", "-")
         own = json.loads(printed)["peak_memory_bytes"]
         limit = {"1GB": 10**9, "512MB": 512 * 10**6}[bound]
         row = {
@@ -250,8 +254,8 @@ def benchmark_memory(folder: Path, layers: int) -> dict[str, Any]:
         }
         result["runs"].append(row)
         print(f"{total / 1e9:.2f} GB under --max-ram {bound}: VmHWM {peak / 1e6:.0f} MB, {seconds:.0f} s")
-        checked = run_measured([sys.executable, "conversion/verify.py", "--quiet", "--hashes", str(output)])
-        print(f"its hashes hold ({checked[0]:.0f} s)")
+        checked, _, _ = run_measured(VERIFY, "--quiet", "--hashes", output)
+        print(f"its hashes hold ({checked:.0f} s)")
         shutil.rmtree(output)
     return result
 
@@ -261,8 +265,8 @@ def benchmark_plan(folder: Path) -> dict[str, Any]:
     source = folder / "hub"
     total = make_checkpoint(source, published_config("235B"), sparse=True)
     started = time.perf_counter()
-    done = subprocess.run(converter(source, folder / "fused", "--dry-run", "--max-ram", "1GB"), cwd=REPO,
-                          capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, CONVERT, source, folder / "fused", "--dry-run", "--max-ram", "1GB"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     lines = done.stdout.splitlines()
     print("\n".join([*lines[:7], f"… {len(lines) - 13} more files …", *lines[-6:], done.stderr.strip()]))

@@ -7,7 +7,6 @@
 
 import io
 import json
-import resource
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conversion import hf_to_veomni, verify
+from conversion.budget import peak_bytes
 from conversion.checkpoint import MANIFEST
 from tests.conversion.synthetic import toy_config, write_checkpoint
 
@@ -149,7 +149,7 @@ def check_case(folder: Path, files: dict[str, bytes], name: str, content: bytes)
     source.mkdir()
     for file, data in (files | {name: content}).items():
         (source / file).write_bytes(data)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     words = [str(source), str(output), "--quiet", "--target", "ep-sharded", "--ep-size", "2", "--keep-unknown"]
     for command, arguments in ((hf_to_veomni, words), (verify, ["--hashes", str(source), "--quiet"])):
         errors, printed = io.StringIO(), io.StringIO()
@@ -160,7 +160,7 @@ def check_case(folder: Path, files: dict[str, bytes], name: str, content: bytes)
             assert code in (1, 2, 3) and errors.getvalue().startswith("error: ")
         if command is hf_to_veomni:
             assert (output / MANIFEST).exists() == (code == 0) and output.exists() == (code == 0)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - peak
+    grown = peak_bytes() - peak
     assert grown < MEMORY_BYTES, f"{grown} bytes more"
 
 
