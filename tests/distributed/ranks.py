@@ -46,15 +46,11 @@ class Options:
     encoder_balance: bool = False
 
 
-_states: dict[Mesh, ParallelState] = {}
-
-
+@cache
 def state_of(mesh: Mesh) -> ParallelState:
-    """The state of a mesh, built once per process: every group costs sockets."""
-    if mesh not in _states:
-        with use_parallel_state(None):
-            _states[mesh] = init_parallel_state(mesh.shard, mesh.sp, mesh.ep, mesh.replicate, device_type="cpu")
-    return _states[mesh]
+    """The state of a mesh, built once per process: a mesh is some nine process groups."""
+    with use_parallel_state(None):
+        return init_parallel_state(mesh.shard, mesh.sp, mesh.ep, mesh.replicate, device_type="cpu")
 
 
 @cache

@@ -5,8 +5,9 @@ import torch
 import torch.distributed as dist
 
 from modeling.distributed.encoder_data_balance import EncoderDataBalancer, plan_exchange
-from modeling.distributed.parallel_state import ParallelState, init_parallel_state, set_parallel_state
+from modeling.distributed.parallel_state import ParallelState
 from modeling.distributed.sequence_parallel import padded_length
+from tests.distributed.ranks import Mesh, state_of
 
 MERGE, CHANNELS = 2, 6
 # Grids per data rank. With one data rank only the first list is used, with two the first two.
@@ -64,8 +65,7 @@ def encoder(patches: torch.Tensor) -> list[torch.Tensor]:
 
 
 def round_trip(mesh: tuple[int, int], grids: list[list[tuple[int, int, int]]]) -> dict:
-    state = init_parallel_state(*mesh, device_type="cpu")
-    set_parallel_state(None)
+    state = state_of(Mesh(mesh[0], sp=mesh[1]))
     own = grids[state.dp_rank]
     rows = pixels_of(state.dp_rank, own, state.sp_size).chunk(state.sp_size)[state.sp_rank] if own else None
     pixels = torch.zeros(0, CHANNELS, dtype=torch.float64) if rows is None else rows.clone()
@@ -109,8 +109,7 @@ def test_round_trip_is_exact(pools, mesh: tuple[int, int], case: str):
 
 
 def raise_on_wrong_patches() -> None:
-    state = init_parallel_state(2, 2, device_type="cpu")
-    set_parallel_state(None)
+    state = state_of(Mesh(2, sp=2))
     grid = torch.tensor([[1, 4, 4]])
     with pytest.raises(ValueError, match=r"has 12 image patches.* make 8"):
         balancer(state).balance_data(torch.zeros(12, CHANNELS), grid)

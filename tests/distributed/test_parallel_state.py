@@ -7,6 +7,7 @@ from torch.distributed.tensor import Shard
 
 from modeling.distributed import parallel_state as state
 from modeling.distributed.parallel_plan import ParallelPlan
+from tests.distributed.ranks import Mesh, state_of
 
 # dp_replicate, dp_shard, sp, ep -> per rank (dp_rank, sp_rank, ep_rank), expected by hand.
 LAYOUTS = {
@@ -24,8 +25,8 @@ def group_ranks(group: dist.ProcessGroup | None) -> list[int] | None:
 
 def describe(sizes: tuple[int, int, int, int]) -> dict:
     replicate, shard, sp, ep = sizes
-    ps = state.init_parallel_state(shard, sp, ep, replicate, device_type="cpu")
-    try:
+    ps = state_of(Mesh(shard, replicate, sp, ep))
+    with state.use_parallel_state(ps):
         assert state.get_parallel_state() is ps
         return {
             "place": (ps.dp_rank, ps.sp_rank, ps.ep_rank),
@@ -36,8 +37,6 @@ def describe(sizes: tuple[int, int, int, int]) -> dict:
             "ep_fsdp": ps.ep_fsdp_mesh.shape,
             "enabled": (ps.dp_enabled, ps.sp_enabled, ps.ep_enabled, ps.fsdp_enabled),
         }
-    finally:
-        state.set_parallel_state(None)
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
