@@ -168,7 +168,7 @@ def measure(model: Any, batch: dict[str, Any], visual: Callable[[], Any], repeat
     step()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
-    found = {"step_ms": round(milliseconds(step, repeats), 1), "peak_gb": round(peak / 1e9, 2)}
+    found: dict[str, Any] = {"step_ms": round(milliseconds(step, repeats), 1), "peak_gb": round(peak / 1e9, 2)}
     found |= {"peak_gib": round(peak / 2**30, 2), "syncs": count_syncs(step)}
     found["tokens_per_s"] = round(batch["input_ids"].numel() / found["step_ms"] * 1e3)
     with torch.no_grad():

@@ -345,7 +345,7 @@ def varlen_attention(
     backend = select_varlen_backend(implementation, query.device, query.dtype)
     if group is not None and group_size(group) > 1:
         query, key, value = exchange_heads(query, key, value, group)
-    options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
     if torch.compiler.is_compiling() and backend in attention_operator.OPAQUE:
         out = attention_operator.varlen_attention(query, key, value, **options, backend=backend)
     else:

@@ -40,7 +40,7 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
     if backend == "flash_attention_4":
         return attention.flash_attention_4_with_lse(query, key, value, **options)
     out = attention.VARLEN_BACKENDS[backend](query, key, value, **options)
@@ -77,7 +77,7 @@ def _backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
     if backend == "flash_attention_4":
         return attention.flash_attention_4_backward(d_out, query, key, value, out, lse, **options)
     return attention.segments_backward(d_out, query, key, value, out, **options)

@@ -60,7 +60,8 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         from modeling.ops import norm_rotary_triton
 
-        return norm_rotary_triton.rotate(d_y, *ctx.saved_tensors, back=True), None, None
+        cos, sin = ctx.saved_tensors
+        return norm_rotary_triton.rotate(d_y, cos, sin, back=True), None, None
 
 
 class _RotateQKV(torch.autograd.Function):
