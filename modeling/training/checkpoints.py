@@ -26,6 +26,9 @@ from modeling.distributed.failures import fail_together
 from modeling.distributed.parallel_state import ParallelState
 
 _COMPLETE = re.compile(r"step-(\d{8})")
+# Flat: settings are stored by parameter, because which parameters share a group depends on the mesh. Not strict: frozen
+# parameters are missing, and meant to be.
+OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
 
 
 class Checkpoints:
@@ -52,7 +55,7 @@ class Checkpoints:
         return box[0][0] if box[0] else None
 
     def _content(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+        weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
         return {"model": weights, "optimizer": moments}
 
     def save(
@@ -113,6 +116,6 @@ class Checkpoints:
             optimizer,
             model_state_dict=content["model"],
             optim_state_dict=content["optimizer"],
-            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+            options=OPTIONS,
         )
         return progress

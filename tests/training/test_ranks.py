@@ -1,0 +1,86 @@
+"""The trainer on four ranks: data, sequence and expert parallel at once; stops that any mesh can go on from."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from modeling.training.options import TrainOptions
+from tests.training.runs import curve, options_of, run_rank, terminate_after
+
+STEPS = 6
+MESH = {"dp_shard": 2, "sp": 2, "ep": 2}
+# Two data ranks each, so that the batches are the same; everything else is cut another way.
+OTHERS = {
+    4: {"dp_shard": 1, "dp_replicate": 2, "sp": 2, "ep": 1},
+    2: {"dp_shard": 2, "sp": 1, "ep": 2, "recompute": "full"},
+}
+
+
+def stopped_on_one_rank(options: TrainOptions, steps: int) -> int:
+    """SIGTERM reaches rank 1 alone; all ranks must stop at the same step."""
+    if dist.get_rank() == 1:
+        terminate_after(Path(options.out), steps)
+    return run_rank(options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pools: Any, tiny_hub: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks") / "undisturbed"
+    assert pools(4).run(run_rank, options_of(tiny_hub, chats, out, max_steps=STEPS, **MESH)) == [0] * 4
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(pools: Any, tiny_hub: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped behind its second step or soon after."""
+    out = tmp_path_factory.mktemp("ranks") / "stopped"
+    options = options_of(tiny_hub, chats, out, max_steps=STEPS, **MESH)
+    assert pools(4).run(stopped_on_one_rank, options, 2) == [0] * 4
+    assert 2 <= len(curve(out)) < STEPS
+    return out
+
+
+def test_same_mesh_goes_on_bitwise(
+    pools: Any, undisturbed: Path, stopped: Path, tiny_hub: Path, chats: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    assert pools(4).run(run_rank, options_of(tiny_hub, chats, out, max_steps=STEPS, **MESH)) == [0] * 4
+    assert curve(out) == curve(undisturbed)
+
+
+@pytest.mark.parametrize("world", OTHERS)
+def test_other_meshes_go_on_within_1e_4(
+    pools: Any, undisturbed: Path, stopped: Path, tiny_hub: Path, chats: Path, tmp_path: Path, world: int
+):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    begun = len(curve(out))
+    assert pools(world).run(run_rank, options_of(tiny_hub, chats, out, max_steps=STEPS, **OTHERS[world])) == [0] * world
+    for line, expected in zip(curve(out), curve(undisturbed), strict=True):
+        assert line["samples"] == expected["samples"] and line["label_tokens"] == expected["label_tokens"]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert line["step"] > begun or line == expected
+
+
+def test_a_bad_sample_on_one_rank_stops_all(pools: Any, tiny_hub: Path, chats: Path, tmp_path: Path):
+    lines = chats.read_text().splitlines()
+    path = chats.with_name("one_bad.jsonl")
+    path.write_text("\n".join([lines[0], "{", lines[2]]))
+    options = options_of(tiny_hub, path, tmp_path / "run", on_bad_sample="fail", shuffle=False, **MESH)
+    outcomes = pools(4).outcomes(run_rank, options)
+    assert {outcome.kind for outcome in outcomes} == {"RankFailure"}
+    assert len({outcome.message for outcome in outcomes}) == 1
+    assert f"{path}:2: Expecting" in outcomes[0].message
+
+
+def test_ranks_without_samples_go_along(pools: Any, tiny_hub: Path, chats: Path, tmp_path: Path):
+    """One sample for two data ranks: the other rank works on padding, and the run ends with its only step."""
+    path = chats.with_name("one.jsonl")
+    path.write_text(chats.read_text().splitlines()[0])
+    options = options_of(tiny_hub, path, tmp_path / "run", epochs=1, **MESH)
+    assert pools(4).run(run_rank, options) == [0] * 4
+    assert [(line["step"], line["samples"]) for line in curve(tmp_path / "run")] == [(1, 1)]
