@@ -265,7 +265,7 @@ def benchmark_plan(folder: Path) -> dict[str, Any]:
     source = folder / "hub"
     total = make_checkpoint(source, published_config("235B"), sparse=True)
     started = time.perf_counter()
-    command = [sys.executable, CONVERT, source, folder / "fused", "--dry-run", "--max-ram", "1GB"]
+    command = [sys.executable, str(CONVERT), str(source), str(folder / "fused"), "--dry-run", "--max-ram", "1GB"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     lines = done.stdout.splitlines()

@@ -195,7 +195,8 @@ def merge_and_remove(model: nn.Module) -> nn.Module:
     for layer in _outermost(model):
         model.set_submodule(names[id(layer)], layer.get_base_layer())
         if isinstance(layer, ParamWrapper):
-            for handle in layer.adapter_hooks:
+            handles: Any = layer.adapter_hooks
+            for handle in handles:
                 handle.remove()
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
     return model
