@@ -20,4 +20,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" 'transformers==5.9.0' 'tokenizers==0.22.2' 'huggingface_hub>=1,<2' 'torchdata>=0.8,<1' 'datasets>=2.20,<=2.21'
 # Without its dependencies: it asks for trackers, kernels and media tools that nothing here imports.
 "${pip[@]}" --no-deps 'veomni==0.1.12'
-"$venv/bin/python" -c 'import veomni.data, veomni.models' >/dev/null 2>&1
+"$venv/bin/python" -c 'import veomni.data, veomni.models' >"$venv/import.log" 2>&1 || {
+  cat "$venv/import.log" >&2
+  exit 1
+}
