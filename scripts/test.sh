@@ -10,6 +10,8 @@ source scripts/environment.sh
 
 old_transformers=5.9.0
 old_venv=.venv-transformers-$old_transformers
+# Their tests start processes of their own, up to eight, and notice a hang by the clock: one at a time.
+several_processes=(tests/distributed tests/ecosystem tests/training)
 
 failed=()
 # part NAME COMMAND...: runs it to its end, and remembers a failure.
@@ -49,8 +51,8 @@ if [[ $named_tests == 1 ]]; then
   part 'newest transformers' "$python" -m pytest "$@"
 else
   part "transformers $old_transformers" "$old_venv/bin/python" -m pytest -n 2 tests/parity tests/conversion "$@"
-  part 'newest transformers, several processes' "$python" -m pytest tests/distributed "$@"
-  part 'newest transformers' "$python" -m pytest -n 2 --ignore tests/distributed "$@"
+  part 'newest transformers, several processes' "$python" -m pytest "${several_processes[@]}" "$@"
+  part 'newest transformers' "$python" -m pytest -n 2 "${several_processes[@]/#/--ignore=}" "$@"
 fi
 
 if [[ ${#failed[@]} != 0 ]]; then
