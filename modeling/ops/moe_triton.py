@@ -57,7 +57,8 @@ def lay_out_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `moe_routing.lay_out_rows_reference`; one launch for what would be ten."""
     num_rows = order.numel()
-    route, token = torch.empty(2, num_rows, dtype=torch.int32, device=order.device)
+    # Two tensors, not two views of one: an operator's outputs may not share memory (`moe_operator.py`).
+    route, token = (torch.empty(num_rows, dtype=torch.int32, device=order.device) for _ in range(2))
     position = torch.empty(shape, dtype=torch.int32, device=order.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=order.device)
     _lay_out_rows_kernel[(1 + triton.cdiv(num_rows, 1024),)](
