@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "quack-kernels", "nvidia-cutlass-dsl", "flash-attn-4", "liger-kernel")
+PACKAGES = (
+    *("torch", "triton", "transformers", "quack-kernels", "nvidia-cutlass-dsl"),
+    *("flash-attn-4", "flash-attn", "liger-kernel"),
+)
 
 
 def require_gpu() -> None:
@@ -83,6 +87,33 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     """||got - exact|| / ||exact||, NaN where got has one."""
     exact = exact.detach().double()
     return float((got.detach().double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What a kernel that does not take a shape or a device raises: Python's errors, PyTorch's, Triton's, CUTLASS's."""
+    found: list[type[BaseException]] = [ArithmeticError, AssertionError, AttributeError, ImportError, LookupError]
+    found += [OSError, RuntimeError, TypeError, ValueError]
+    if importlib.util.find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        found.append(TritonError)
+    if importlib.util.find_spec("cutlass") is not None:
+        from cutlass.base_dsl.common import DSLBaseError
+
+        found.append(DSLBaseError)
+    return tuple(found)
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row of figures, or {"failed": why}: one peer that does not run here must not cost the other rows."""
+    try:
+        return measure()
+    except failures() as error:
+        lines = str(error).strip().splitlines() or [""]
+        return {"failed": f"{type(error).__name__}: {lines[0]}"[:300]}
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
