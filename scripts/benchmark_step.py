@@ -1,13 +1,23 @@
 """python scripts/benchmark_step.py [--layers 4] [--samples 8] [--vision-recompute none full] [--compile both]
+                                  [--veomni FOLDER]
 
-A whole training step, forward and backward, side by side with transformers on the same work: the 27-layer vision tower,
-some decoder layers of the 30B-A3B shape, packed samples of 256 image tokens and 768 text tokens each, every label
-valid. Prints time, tokens/s, peak memory, host-device synchronisations, the vision tower alone and where the time
-goes; writes results/step_<device>.json.
+A whole training step, forward and backward, side by side with transformers and VeOmni on the same work: the 27-layer
+vision tower, some decoder layers of the 30B-A3B shape, packed samples of 256 image tokens and 768 text tokens each,
+every label valid. Prints time, tokens/s, peak memory, host-device synchronisations, the vision tower alone and where
+the time goes; writes results/step_<device>.json.
+
+VeOmni pins another transformers, so it runs in a process of its own whose Python path begins with FOLDER: veomni
+0.1.12, transformers 5.9.0, tokenizers 0.22.2 and liger-kernel, installed with `pip install --target FOLDER --no-deps`.
+quack and flash-attn 4 come from the environment.
 """
 
 import argparse
 import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +26,11 @@ from typing import Any
 
 import torch
 
-from scripts.benchmarking import RESULTS, describe, print_description, require_gpu, write_json
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
+from scripts.benchmarking import RESULTS, attempt, describe, print_description, require_gpu, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
 IMAGE_SIDE = 32  # patches; 32 x 32 / 4 = 256 tokens
 IMAGE_TOKENS, TEXT_TOKENS = 256, 768
 PATCH_VALUES = 3 * 2 * 16 * 16
@@ -63,15 +76,28 @@ def build(model_class: Any, config: Any, **attributes: Any) -> Any:
 
 
 def features(samples: int, image_token_id: int) -> list[dict[str, torch.Tensor]]:
-    """Unpacked samples on the CPU: an image, then text."""
+    """Unpacked samples on the CPU: a token of text, as every chat begins with some, an image, then the other text."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for _ in range(samples):
         ids = torch.randint(0, 150_000, (IMAGE_TOKENS + TEXT_TOKENS,), generator=generator)
-        ids[:IMAGE_TOKENS] = image_token_id
+        ids[1 : 1 + IMAGE_TOKENS] = image_token_id
         pixels = torch.randn(IMAGE_SIDE**2, PATCH_VALUES, generator=generator)
         grid = torch.tensor([[1, IMAGE_SIDE, IMAGE_SIDE]])
         made.append({"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid})
+    return made
+
+
+def collator_features(model: Any, samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """The samples as this project's and VeOmni's collators take them: placeholders 0, labels, masks, positions."""
+    image_token_id, positions_of = model.config.image_token_id, model.get_position_id_func()
+    made = []
+    for sample in samples:
+        ids = sample["input_ids"]
+        mask = ids == image_token_id
+        positions = positions_of(input_ids=ids.masked_fill(mask, -200)[None], image_grid_thw=sample["image_grid_thw"])
+        feature = {"input_ids": ids.masked_fill(mask, 0), "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+        made.append(sample | feature | {"position_ids": positions["position_ids"][:, 0], "image_mask": mask})
     return made
 
 
@@ -79,16 +105,8 @@ def our_batch(model: Any, samples: list[dict[str, torch.Tensor]]) -> dict[str, A
     """The samples packed by the collator, its tensors on the GPU."""
     from modeling.data.collator import SequenceParallelCollator
 
-    image_token_id, positions_of = model.config.image_token_id, model.get_position_id_func()
-    packed = []
-    for sample in samples:
-        ids = sample["input_ids"]
-        mask = ids == image_token_id
-        positions = positions_of(input_ids=ids.masked_fill(mask, -200)[None], image_grid_thw=sample["image_grid_thw"])
-        feature = {"labels": ids.clone(), "position_ids": positions["position_ids"][:, 0], "image_mask": mask}
-        packed.append(sample | feature | {"input_ids": ids.masked_fill(mask, 0)})
-    batch = SequenceParallelCollator(metadata_collate_func=model.get_metadata_collate_func())(packed)
-    return to_gpu(batch)
+    collator = SequenceParallelCollator(metadata_collate_func=model.get_metadata_collate_func())
+    return to_gpu(collator(collator_features(model, samples)))
 
 
 def to_gpu(value: Any) -> Any:
@@ -213,6 +231,43 @@ def run_transformers(layers: int, samples: list[dict[str, torch.Tensor]], repeat
     return measure(model, batch, lambda: model.model.visual(pixels, grid_thw=batch["image_grid_thw"]), repeats)
 
 
+def run_veomni(
+    folder: Path,
+    layers: int,
+    samples: int,
+    repeats: int,
+    moe: str = "fused_quack",
+    attention: str = "flash_attention_4",
+) -> dict[str, Any]:
+    """VeOmni's step, measured by scripts/benchmark_step_veomni.py in a process that sees `folder` first.
+
+    Raises:
+        RuntimeError: it failed, with the last line it wrote; all of it has gone to standard error.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        command = [sys.executable, str(ROOT / "scripts/benchmark_step_veomni.py"), str(result), "--moe", moe]
+        command += ["--attention", attention, "--layers", str(layers), "--samples", str(samples)]
+        path = os.pathsep.join([str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(
+            [*command, "--repeats", str(repeats)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode != 0:
+            print(done.stderr, file=sys.stderr, flush=True)
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise RuntimeError(f"VeOmni's process ended with {done.returncode}: {last}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+
+
+def print_run(name: str, found: dict[str, Any]) -> None:
+    figures = [f"{key} {value}" for key, value in found.items() if key not in ("top_kernels", "versions")]
+    print(f"\n{name}: {', '.join(figures)}")
+    for kernel, ms, count in found.get("top_kernels", []):
+        print(f"  {ms:8.2f} ms {count:6d} x  {kernel}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
@@ -221,6 +276,8 @@ def main() -> None:
     parser.add_argument("--vision-recompute", nargs="+", default=["none"], choices=["none", "full", "selective"])
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--veomni", type=Path, metavar="FOLDER", help="packages of VeOmni's environment; see above")
+    parser.add_argument("--veomni-triton", action="store_true", help="VeOmni also with Triton experts and sdpa")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     require_gpu()
@@ -235,20 +292,23 @@ def main() -> None:
             runs[name] = partial(run_ours, args.layers, samples, recompute, compiled, args.repeats)
     if not args.skip_transformers:
         runs["transformers"] = partial(run_transformers, args.layers, samples, args.repeats)
+    if args.veomni is not None:
+        veomni = partial(run_veomni, args.veomni, args.layers, args.samples, args.repeats)
+        runs["VeOmni, quack, flash-attn 4, liger"] = veomni
+        if args.veomni_triton:
+            runs["VeOmni, Triton, sdpa, liger"] = partial(veomni, moe="fused_triton", attention="sdpa")
     results = {}
     for name, run in runs.items():
-        results[name] = run()
+        results[name] = attempt(run)
         gc.collect()
         torch.cuda.empty_cache()
-        figures = [f"{key} {value}" for key, value in results[name].items() if key != "top_kernels"]
-        print(f"\n{name}: {', '.join(figures)}")
-        for kernel, ms, count in results[name]["top_kernels"]:
-            print(f"  {ms:8.2f} ms {count:6d} x  {kernel}")
-    if "transformers" in results:
-        ratio = results["transformers"]["step_ms"] / results[next(iter(results))]["step_ms"]
-        print(f"\ntransformers / this project: {ratio:.2f}")
+        print_run(name, results[name])
+    own = results[next(iter(results))]
+    for name, found in results.items():
+        if not name.startswith("this project") and "step_ms" in found and "step_ms" in own:
+            print(f"\n{name} / this project: {found['step_ms'] / own['step_ms']:.2f}")
     device = description["device"].split()[1].lower()
-    arguments = {key: value for key, value in vars(args).items() if key != "out"}
+    arguments = {key: value for key, value in vars(args).items() if key not in ("out", "veomni")}
     write_json(args.out / f"step_{device}.json", description | {"arguments": arguments, "runs": results})
 
 

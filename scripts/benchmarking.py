@@ -16,7 +16,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
     *("torch", "triton", "transformers", "quack-kernels", "nvidia-cutlass-dsl"),
-    *("flash-attn-4", "flash-attn", "liger-kernel"),
+    *("flash-attn-4", "flash-attn", "liger-kernel", "veomni"),
 )
 
 
@@ -26,16 +26,21 @@ def require_gpu() -> None:
         raise SystemExit("this benchmark measures a CUDA device and found none")
 
 
+def versions() -> dict[str, str]:
+    """Of what is installed of PACKAGES."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def describe() -> dict[str, Any]:
     """Device, versions of what is installed, date, and two ceilings: a large matrix product and a large copy."""
     from triton.testing import do_bench
 
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product_ms = do_bench(lambda: a @ b, return_mode="median")
     source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
@@ -44,7 +49,7 @@ def describe() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),
-        "versions": versions,
+        "versions": versions(),
         "ceilings": {
             "matmul_8192_tflops": round(2 * 8192**3 / product_ms / 1e9),
             "copy_tb_per_s": round(2 * source.nbytes / copy_ms / 1e9, 2),
@@ -54,9 +59,9 @@ def describe() -> dict[str, Any]:
 
 def print_description(description: dict[str, Any]) -> None:
     """Two lines above a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
+    installed = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     ceilings = description["ceilings"]
-    print(f"{description['device']}, {description['date']}: {versions}")
+    print(f"{description['device']}, {description['date']}: {installed}")
     print(
         f"ceilings: 8192^3 bf16 matmul {ceilings['matmul_8192_tflops']} TFLOP/s, copy {ceilings['copy_tb_per_s']} TB/s"
     )
