@@ -4,7 +4,8 @@
 bounds. The negative controls run the same `check` on broken copies and expect it to fail.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,41 @@ def labels_of(inputs: Mapping[str, torch.Tensor], image_ids: tuple[int, int] = (
     ids = inputs["input_ids"]
     ignore = (ids == image_ids[0]) | (ids == image_ids[1]) | (inputs["attention_mask"] == 0)
     return ids.masked_fill(ignore, -100)
+
+
+def routers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+
+
+@contextmanager
+def pinned(model: torch.nn.Module, choices: list[torch.Tensor]) -> Iterator[None]:
+    """Every router of `model` takes these experts (T, K), weighted by its own probabilities for them."""
+
+    def pin(indices: torch.Tensor) -> Callable:
+        def hook(module: Any, args: Any, output: tuple) -> tuple:
+            logits, scores, _ = output
+            weights = logits.softmax(-1, dtype=torch.float).gather(-1, indices)
+            return logits, (weights / weights.sum(-1, keepdim=True)).to(scores.dtype), indices
+
+        return hook
+
+    hooks = [router.register_forward_hook(pin(c)) for router, c in zip(routers(model), choices, strict=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reference_choices(upstream: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What each router chose in the fp32 reference: one (T, K) per MoE layer."""
+    found: list[torch.Tensor] = []
+    hooks = [router.register_forward_hook(lambda m, a, out: found.append(out[2])) for router in routers(upstream)]
+    with torch.no_grad():
+        upstream(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 @dataclass

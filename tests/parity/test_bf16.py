@@ -5,17 +5,22 @@ model's output by more than all other rounding together, so that comparing two u
 models route as the reference did, each with its own probabilities; flips themselves are counted in the last test.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.features import InputsOf
 from tests.media import CASES
-from tests.parity.harness import gradients, labels_of, load_pair, relative_error, top_choices
+from tests.parity.harness import (
+    gradients,
+    labels_of,
+    load_pair,
+    pinned,
+    reference_choices,
+    relative_error,
+    top_choices,
+)
 
 NO_WORSE = 1.1
 
@@ -23,41 +28,6 @@ NO_WORSE = 1.1
 @pytest.fixture(scope="module")
 def bf16_pair(tiny_hub: Path) -> tuple:
     return load_pair(tiny_hub, dtype=torch.bfloat16)
-
-
-def routers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-
-
-@contextmanager
-def pinned(model: torch.nn.Module, choices: list[torch.Tensor]) -> Iterator[None]:
-    """Every router of `model` takes these experts (T, K), weighted by its own probabilities for them."""
-
-    def pin(indices: torch.Tensor) -> Callable:
-        def hook(module: Any, args: Any, output: tuple) -> tuple:
-            logits, scores, _ = output
-            weights = logits.softmax(-1, dtype=torch.float).gather(-1, indices)
-            return logits, (weights / weights.sum(-1, keepdim=True)).to(scores.dtype), indices
-
-        return hook
-
-    hooks = [router.register_forward_hook(pin(c)) for router, c in zip(routers(model), choices, strict=True)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def reference_choices(upstream: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """What each router chose in the fp32 reference: one (T, K) per MoE layer."""
-    found: list[torch.Tensor] = []
-    hooks = [router.register_forward_hook(lambda m, a, out: found.append(out[2])) for router in routers(upstream)]
-    with torch.no_grad():
-        upstream(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)
