@@ -11,6 +11,7 @@ rate), and relative errors of outputs and gradients against fp32.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import statistics
 import sys
@@ -67,11 +68,20 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def liger_norm(x: torch.Tensor, weight: torch.Tensor) -> Tensors:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+def liger_variants() -> dict[str, str]:
+    """Row name -> module with liger-kernel's autograd functions: Triton's by default, CuTe's where CUTLASS is there."""
+    found = {}
+    if has_liger():
+        found["liger"] = "liger_kernel.ops"
+        if importlib.util.find_spec("cutlass") is not None:
+            found["liger, CuTe"] = "liger_kernel.ops.cutedsl.ops"
+    return found
 
+
+def liger_norm(x: torch.Tensor, weight: torch.Tensor, module: str) -> Tensors:
+    function = importlib.import_module(module).LigerRMSNormFunction
     # As VeOmni calls it: not in place, because a residual branch may read the same gradient.
-    return (LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False, None),)
+    return (function.apply(x, weight, EPS, 0.0, "llama", False, None),)
 
 
 def norm_problem(shape: tuple[int, ...], device: str) -> Problem:
@@ -79,8 +89,7 @@ def norm_problem(shape: tuple[int, ...], device: str) -> Problem:
     x = torch.randn(shape, device=device).bfloat16()
     weight = (1 + 0.1 * torch.randn(shape[-1], device=device)).bfloat16()
     others: dict[str, Callable[..., Tensors]] = {"this project": lambda x, w: (rms_norm(x, w, EPS),)}
-    if has_liger():
-        others["liger"] = liger_norm
+    others |= {name: partial(liger_norm, module=module) for name, module in liger_variants().items()}
     return Problem((x, weight), lambda x, w: (rms_norm_reference(x, w, EPS),), others, 2 * x.nbytes, 5 * x.nbytes)
 
 
@@ -153,19 +162,18 @@ def vision_rotary_problem(tokens: int, device: str) -> Problem:
     return Problem((qkv,), plain, others, 2 * qkv.nbytes, 4 * qkv.nbytes)
 
 
-def liger_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    product: torch.Tensor = LigerSiLUMulFunction.apply(gate, up)
+def liger_swiglu(gate: torch.Tensor, up: torch.Tensor, module: str = "liger_kernel.ops") -> torch.Tensor:
+    product: torch.Tensor = importlib.import_module(module).LigerSiLUMulFunction.apply(gate, up)
     return product
 
 
 def swiglu_problem(tokens: int, device: str) -> Problem:
     """silu(gate) * up (T, I) of a dense layer; the published models have none, and the project runs the formula."""
     gate, up = (torch.randn(tokens, DENSE, device=device).bfloat16() for _ in range(2))
-    others: dict[str, Callable[..., Tensors]] = {}
-    if has_liger():
-        others["liger"] = lambda gate, up: (liger_swiglu(gate, up),)
+    others: dict[str, Callable[..., Tensors]] = {
+        name: lambda gate, up, module=module: (liger_swiglu(gate, up, module),)
+        for name, module in liger_variants().items()
+    }
     return Problem((gate, up), lambda gate, up: (F.silu(gate) * up,), others, 3 * gate.nbytes, 8 * gate.nbytes)
 
 
