@@ -2,8 +2,9 @@
 # bash scripts/test.sh [pytest arguments]
 #
 # Lint and types; then, with transformers 5.9.0, the parity and conversion tests; then all tests with the newest
-# transformers, first those that start several processes, then the others, two at a time. Arguments go to pytest; when
-# they name tests, only those run, once with either version. Not zero when any part failed.
+# transformers, first those that start several processes, then the others, two at a time; then VeOmni's own tests in its
+# own environment. Arguments go to pytest; when they name tests, only those run, once with either version. Not zero when
+# any part failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -35,6 +36,18 @@ make_old_environment() {
   install "$old_venv/bin/python" "transformers==$old_transformers" 'tokenizers==0.22.2' 'huggingface_hub>=1,<2'
 }
 
+# Where no package index has VeOmni, this says so and fails nothing; an environment that is made and does not work fails.
+test_veomni() {
+  local status=0
+  bash scripts/veomni_env.sh "$python" || status=$?
+  if [[ $status == 75 ]]; then
+    echo "NOT RUN: VeOmni could not be installed here" >&2
+    return 0
+  fi
+  if [[ $status != 0 ]]; then return "$status"; fi
+  .venv-veomni/bin/python -m pytest tests/ecosystem/test_veomni.py "$@"
+}
+
 named_tests=0
 for argument in "$@"; do
   if [[ -e ${argument%%::*} ]]; then named_tests=1; fi
@@ -53,6 +66,7 @@ else
   part "transformers $old_transformers" "$old_venv/bin/python" -m pytest -n 2 tests/parity tests/conversion "$@"
   part 'newest transformers, several processes' "$python" -m pytest "${several_processes[@]}" "$@"
   part 'newest transformers' "$python" -m pytest -n 2 "${several_processes[@]/#/--ignore=}" "$@"
+  part 'VeOmni' test_veomni "$@"
 fi
 
 if [[ ${#failed[@]} != 0 ]]; then
