@@ -115,6 +115,17 @@ def test_resume_on_the_same_ranks_is_exact(numbers: JsonlFiles, stop: int, prefe
         assert ids_of(list(resumed)) == ids_of(undisturbed[stop + 1 :])
 
 
+def test_resume_with_workers_is_exact(numbers: JsonlFiles):
+    """Features that workers had made ahead are made again; their number may change."""
+    undisturbed = ids_of(list(stream_of(numbers)))
+    packs = iter(stream_of(numbers, workers=2, prefetch=2))
+    position = [next(packs) for _ in range(5)][-1].position
+    packs.close()
+    resumed = stream_of(numbers, workers=1, prefetch=2)
+    resumed.resume([position])
+    assert ids_of(list(resumed)) == undisturbed[5:]
+
+
 def run(files: JsonlFiles, ranks: int, steps: int | None, states: list[Any] | None, bad: int = 0) -> tuple:
     """Train `steps` packs on each of `ranks` from `states`: (samples seen, positions)."""
     seen: list[int] = []
@@ -202,10 +213,10 @@ def test_the_example_has_photos_and_a_clip(example: JsonlFiles):
 
 
 def test_order_and_content_do_not_depend_on_workers(example: JsonlFiles, transform: "partial[Feature]"):
-    """No worker and two spawned ones give the same batches, tensor by tensor."""
+    """No worker, one and two spawned ones give the same batches, tensor by tensor."""
     collator = SequenceParallelCollator(pad_to_length=512)
     runs = []
-    for workers in (0, 2):
+    for workers in (0, 1, 2):
         stream = PackedStream(example, transform, collator, budget=512, epochs=1, workers=workers, buffer=16)
         runs.append(list(stream))
     for packs in runs[1:]:
