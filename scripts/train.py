@@ -142,7 +142,10 @@ def export(options: TrainOptions, model: Any, lora: Any, step: int) -> list[Path
     folder = Path(options.out) / f"export-{step}"
     written.append(folder)
     if not folder.exists():  # else an earlier end of this run wrote it
-        dtype = options.export_dtype or str(Qwen3VLMoeConfig.from_pretrained(options.model).dtype or "float32")
+        source = Qwen3VLMoeConfig.from_pretrained(options.model)
+        dtype = options.export_dtype or str(source.dtype or "float32")
+        # The run's choice, not the model's.
+        model.config.text_config.moe_backend = source.text_config.moe_backend
         export_checkpoint(
             model,
             folder,

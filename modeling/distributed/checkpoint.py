@@ -352,11 +352,39 @@ def _write_config(model: Any, folder: Path, dtype: torch.dtype | None, companion
     for file in Path(companions).iterdir() if companions is not None else ():
         if file.is_file() and not file.name.endswith(NOT_COMPANIONS):
             shutil.copyfile(file, folder / file.name)
-    written = dtype or next(model.parameters()).dtype
-    model.config.dtype = str(written).removeprefix("torch.")
+    written = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
+    model.config.dtype = written
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    if companions is not None and (original := Path(companions) / "config.json").exists():
+        _keep_spelling(model.config, original, written, folder / "config.json")
+
+
+def _keep_spelling(config: Any, original: Path, dtype: str, path: Path) -> None:
+    """Write the config as `original` spells it, if that says the same.
+
+    transformers 5 renames fields (num_experts, rope_scaling), and older releases take what they do not find at its
+    default, so that they would read another model.
+    """
+    read = type(config).from_pretrained(original.parent)
+    read.architectures = config.architectures
+    if _described(read) != _described(config):
+        return
+    content = json.loads(original.read_text(encoding="utf-8"))
+    for fields in (content, *(value for value in content.values() if isinstance(value, dict))):
+        fields |= {key: dtype for key in ("dtype", "torch_dtype") if key in fields}
+    content |= {"architectures": config.architectures, "dtype": dtype}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _described(config: Any) -> str:
+    """What a config says about its model: all but the precision of its weights and who wrote it."""
+    content = config.to_dict()
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for key in ("dtype", "transformers_version", "_name_or_path"):
+            part.pop(key, None)
+    return json.dumps(content, sort_keys=True)
 
 
 def _finish(folder: Path, files: list[list[str]], total: int) -> None:

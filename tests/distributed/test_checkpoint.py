@@ -16,10 +16,10 @@ from modeling.distributed.checkpoint import export_checkpoint, load_checkpoint
 from modeling.distributed.failures import RankFailure
 from modeling.distributed.parallel_state import use_parallel_state
 from modeling.distributed.parallelize import parallelize_model
-from modeling.qwen3_vl_moe import Qwen3VLMoeForCausalLM
+from modeling.qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeForCausalLM
 from tests.distributed.oracle import upstream_model
 from tests.distributed.ranks import Mesh, build, state_of
-from tests.distributed.toy import toy_config, toy_config_dict
+from tests.distributed.toy import TEXT, toy_config, toy_config_dict
 
 LAYOUTS = ("hub", "fused", "per-expert", "ep-sharded")
 MESHES = [Mesh(4), Mesh(2, sp=2, ep=4), Mesh(1, replicate=2, sp=2, ep=2), Mesh(4, ep=2)]
@@ -211,6 +211,22 @@ def export_with_companions(folder: Path, notes: Path) -> None:
     with use_parallel_state(state_of(Mesh(2, sp=2, ep=4))):
         model = parallelize_model(build())
         export_checkpoint(model, folder, layout="per-expert", dtype=torch.bfloat16, companions=notes)
+
+
+def test_the_config_is_spelled_as_it_was(tmp_path: Path):
+    """With the fields of the checkpoint beside it, which older releases of transformers read; not where it changed."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(toy_config_dict() | {"model_type": "qwen3_vl_moe"}))
+    model = build()
+    export_checkpoint(model, tmp_path / "same", dtype=torch.bfloat16, companions=source)
+    written = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert written["text_config"] == TEXT and written["dtype"] == "bfloat16"
+    assert written["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
+    model.config.text_config.rms_norm_eps *= 2
+    export_checkpoint(model, tmp_path / "other", companions=source)
+    changed = Qwen3VLMoeConfig.from_pretrained(tmp_path / "other")
+    assert changed.text_config.rms_norm_eps == 2e-6 and changed.text_config.num_experts == TEXT["num_experts"]
 
 
 def load_bf16(folder: Path) -> None:
