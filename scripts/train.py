@@ -156,6 +156,17 @@ def export(options: TrainOptions, model: Any, lora: Any, step: int) -> list[Path
     return written
 
 
+def export_newest(options: TrainOptions, model: Any, lora: Any, optimizer: Any, checkpoints: Checkpoints) -> None:
+    """Write the export of the run's newest checkpoint; the data are not needed."""
+    step = checkpoints.latest()
+    if step is None:
+        raise ValueError(f"{options.out} has no checkpoint to export; train first.")
+    checkpoints.load(step, model, optimizer)
+    written = export(options, model, lora, step)
+    if checkpoints.state.rank == 0:
+        print(f"step {step}: {', '.join(map(str, written))}")
+
+
 def train(options: TrainOptions) -> int:
     """One run, from its newest checkpoint to its end."""
     state = start_processes(options)
@@ -163,32 +174,31 @@ def train(options: TrainOptions) -> int:
     model, lora = build_model(options, state)
     optimizer = make_optimizer(model, options, state.device_type)
     checkpoints = Checkpoints(folder / "checkpoints", state, options.keep, options.async_save)
+    if options.export_only:
+        export_newest(options, model, lora, optimizer, checkpoints)
+        return 0
     with fail_together(state.world_group):
         stream = build_stream(options, model, state)
         folder.mkdir(parents=True, exist_ok=True)
-        if is_first and not options.export_only:
+        if is_first:
             (folder / "config.yaml").write_text(options.to_yaml(), encoding="utf-8")
     trainer = Trainer(model, optimizer, stream, checkpoints, options, state)
     resumed = options.resume and trainer.resume()
-    if not resumed and (options.export_only or checkpoints.latest() is not None):
+    if not resumed and checkpoints.latest() is not None:
         raise ValueError(
-            f"{folder} has no checkpoint to export; train first."
-            if options.export_only
-            else f"{folder} holds checkpoints of an earlier run; choose another --out, or leave out --no-resume."
+            f"{folder} holds checkpoints of an earlier run; choose another --out, or leave out --no-resume."
         )
-    if not options.export_only:
-        board = options.tensorboard
-        with MetricsWriter(folder, is_first, trainer.progress.step, options.max_steps, board) as writer:
-            if resumed:
-                writer.say(f"Going on from step {trainer.progress.step}.")
-            finished = trainer.run(writer)
-        if is_first and options.plots:
-            draw_plots(folder)
-        if not finished:
-            return 0
-    written = export(options, model, lora, trainer.progress.step) if options.export or options.export_only else []
+    with MetricsWriter(folder, is_first, trainer.progress.step, options.max_steps, options.tensorboard) as writer:
+        if resumed:
+            writer.say(f"Going on from step {trainer.progress.step}.")
+        finished = trainer.run(writer)
+    if is_first and options.plots:
+        draw_plots(folder)
+    if not finished:
+        return 0
+    progress = trainer.progress
+    written = export(options, model, lora, progress.step) if options.export else []
     if is_first:
-        progress = trainer.progress
         print(
             f"{progress.step} steps, {progress.samples} samples, {progress.tokens} tokens, {progress.bad} bad samples. "
             f"{', '.join(map(str, written))}"

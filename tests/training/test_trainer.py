@@ -151,14 +151,20 @@ def test_export_by_command(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_p
     out = tmp_path / "run"
     (out).mkdir()
     (out / "checkpoints").symlink_to(undisturbed / "checkpoints")
-    options = options_of(tiny_hub, chats, out, export_only=True, export_layout="fused", export_dtype="bfloat16")
+    gone = chats.with_name("gone.jsonl")  # the data may have moved
+    options = options_of(tiny_hub, gone, out, export_only=True, export_layout="fused", export_dtype="bfloat16")
     assert run(options) == 0
     exported = {}
     for file in (out / f"export-{STEPS}").glob("*.safetensors"):
         exported.update(load_file(file))
     assert exported["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (16, 80, 64)
     assert all(value.dtype == torch.bfloat16 for value in exported.values())
-    assert not (out / "metrics.jsonl").exists()
+    assert not (out / "metrics.jsonl").exists() and not (out / "config.yaml").exists()
+
+
+def test_nothing_to_export(tiny_hub: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(options_of(tiny_hub, chats, tmp_path / "run", export_only=True)) == 1
+    assert f"error: {tmp_path / 'run'} has no checkpoint to export; train first." in capsys.readouterr().err
 
 
 def test_epochs_end_the_run(tiny_hub: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
