@@ -2,9 +2,9 @@
 torchrun --nproc-per-node 8 scripts/train.py --config run.yaml --ep 8
 
 Train on chats with images and videos, on one CPU process or on many GPUs. The same command goes on where it stopped:
-SIGTERM writes a checkpoint and ends, a killed run falls back to its newest. RUN holds config.yaml, metrics.jsonl,
-router.jsonl, tensorboard/, checkpoints/, the plots and, at the end, the trained model as export-STEP/ (with --lora also
-adapter-STEP/). Options can stand in a YAML or JSON file (--config); the command line wins.
+SIGTERM or Ctrl-C writes a checkpoint and ends, a killed run falls back to its newest. RUN holds config.yaml,
+metrics.jsonl, router.jsonl, tensorboard/, checkpoints/, the plots and, at the end, the trained model as export-STEP/
+(with --lora also adapter-STEP/). Options can stand in a YAML or JSON file (--config); the command line wins.
 """
 
 import os

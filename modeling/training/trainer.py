@@ -65,17 +65,22 @@ class Progress:
 
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGTERM has come."""
+    """A list that is no longer empty once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once."""
     received: list[int] = []
+    former: dict[int, Any] = {}
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, former[number])
 
-    former = signal.signal(signal.SIGTERM, remember)
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        former[stop] = signal.signal(stop, remember)
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -252,7 +257,7 @@ class Trainer:
     # The loop
 
     def run(self, writer: MetricsWriter) -> bool:
-        """Train to the last step; True when it got there, False when SIGTERM came first (a checkpoint is written)."""
+        """Train to the last step; True when it got there, False when told to stop before (a checkpoint is written)."""
         options, progress = self.options, self.progress
         text = self.model.config.text_config
         layers = [i for i in range(text.num_hidden_layers) if is_moe_layer(text, i)]
@@ -262,7 +267,7 @@ class Trainer:
             while progress.step < options.max_steps:
                 plan = self._plan(packs, bool(received))
                 if plan.stop:
-                    writer.say(f"SIGTERM: checkpoint of step {progress.step}, then the end.")
+                    writer.say(f"Told to stop: checkpoint of step {progress.step}, then the end.")
                     self._save_last()
                     return False
                 if not plan.rows:

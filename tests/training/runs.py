@@ -59,15 +59,15 @@ def curve(out: Path | str) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_lines(Path(out) / "metrics.jsonl")]
 
 
-def terminate_after(out: Path, steps: int) -> threading.Thread:
-    """Send this process SIGTERM once the run in `out` has logged this many steps."""
+def terminate_after(out: Path, steps: int, number: int = signal.SIGTERM) -> threading.Thread:
+    """Send this process a signal once the run in `out` has logged this many steps."""
     done = threading.Event()
 
     def watch() -> None:
         path = out / "metrics.jsonl"
         while not done.wait(0.01):
             if path.exists() and path.read_text().count("\n") >= steps:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
                 return
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -2,7 +2,7 @@
 
     python -m pytest -m slow tests/training/test_proof.py -s
 
-About 25 minutes on two cores. Two runs of 200 steps: one on the example, one on the same chats with the photos dealt to
+About 20 minutes on two cores. Two runs of 200 steps: one on the example, one on the same chats with the photos dealt to
 the wrong questions. Both learn their answers; only the first can know which answer belongs to which photo.
 """
 

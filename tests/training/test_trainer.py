@@ -21,7 +21,7 @@ from modeling.training.metrics import MetricsWriter
 from modeling.training.optimizer import make_optimizer
 from modeling.training.options import TrainOptions
 from modeling.training.plots import read_lines
-from modeling.training.trainer import NonFiniteLoss, StepPlan, Trainer
+from modeling.training.trainer import NonFiniteLoss, StepPlan, Trainer, stop_signal
 from scripts import train as script
 from tests.training.runs import arguments_of, curve, options_of, read_json, run, terminate_after
 
@@ -104,13 +104,16 @@ def test_the_export_is_the_hubs_layout(undisturbed: Path, tiny_hub: Path):
     assert config == read_json(tiny_hub / "config.json"), "spelled as published, and without the run's own settings"
 
 
-def test_sigterm_saves_and_the_resumed_curve_is_bitwise(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_saves_and_the_resumed_curve_is_bitwise(
+    undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path, number: int
+):
     """Stopped at a step drawn anew each time; metrics, parameters and data go on as if nothing was."""
     out = tmp_path / "run"
     options = options_of(tiny_hub, chats, out, max_steps=STEPS, prefetch=2)
     after = random.SystemRandom().randint(1, STEPS - 3)
     print(f"stopped after step {after}")
-    watcher = terminate_after(out, after)
+    watcher = terminate_after(out, after, number)
     assert run(options) == 0
     watcher.join()
     stopped = [path.name for path in (out / "checkpoints").iterdir()]
@@ -119,6 +122,14 @@ def test_sigterm_saves_and_the_resumed_curve_is_bitwise(undisturbed: Path, tiny_
     assert run(options) == 0
     assert curve(out) == curve(undisturbed)
     assert read_lines(out / "router.jsonl") == read_lines(undisturbed / "router.jsonl")
+
+
+def test_a_second_interrupt_is_not_waited_with():
+    with pytest.raises(KeyboardInterrupt), stop_signal() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigkill_falls_back_to_the_newest_checkpoint(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
