@@ -1,6 +1,8 @@
 """The trainer on four ranks: data, sequence and expert parallel at once; stops that any mesh can go on from."""
 
+import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from modeling.training.options import TrainOptions
-from tests.training.runs import curve, options_of, run_rank, terminate_after
+from tests.training.runs import curve, options_of, read_json, run_rank, terminate_after
 
 STEPS = 6
 MESH = {"dp_shard": 2, "sp": 2, "ep": 2}
@@ -50,6 +52,37 @@ def test_same_mesh_goes_on_bitwise(
     shutil.copytree(stopped, out)
     assert pools(4).run(run_rank, options_of(tiny_hub, chats, out, max_steps=STEPS, **MESH)) == [0] * 4
     assert curve(out) == curve(undisturbed)
+
+
+def killed_on_all_ranks(options: TrainOptions, steps: int) -> int:
+    terminate_after(Path(options.out), steps, signal.SIGKILL)
+    return run_rank(options)
+
+
+def test_killed_ranks_fall_back_to_the_newest_checkpoint(
+    pools: Any, undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path
+):
+    """All ranks at once, behind any step, with a checkpoint at every second, written meanwhile."""
+    out = tmp_path / "run"
+    after = random.SystemRandom().randint(1, STEPS - 2)
+    print(f"killed after step {after}")
+    options = options_of(tiny_hub, chats, out, max_steps=STEPS, save_every=2, **MESH)
+    assert {outcome.kind for outcome in pools(4).outcomes(killed_on_all_ranks, options, after)} == {"EOFError"}
+    assert after <= len(curve(out)) < STEPS
+    assert pools(4).run(run_rank, options) == [0] * 4
+    assert curve(out) == curve(undisturbed)
+
+
+def test_non_finite_stops_all_ranks(pools: Any, tiny_hub: Path, chats: Path, tmp_path: Path):
+    """A rate that blows the weights up in the first step: the second ends on every rank, all its samples named."""
+    out = tmp_path / "run"
+    outcomes = pools(4).outcomes(run_rank, options_of(tiny_hub, chats, out, lr=1e30, schedule="constant", **MESH))
+    assert {outcome.kind for outcome in outcomes} == {"NonFiniteLoss"}
+    assert len({outcome.message for outcome in outcomes}) == 1
+    ranks = read_json(out / "non_finite_step_2.json")["ranks"]
+    samples = [[sample for batch in rank["micro_batches"] for sample in batch["samples"]] for rank in ranks]
+    assert samples[0] == samples[1] != samples[2] == samples[3] and all(samples)
+    assert len(curve(out)) == 1
 
 
 @pytest.mark.parametrize("world", OTHERS)
