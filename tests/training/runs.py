@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from modeling.distributed.parallel_state import set_parallel_state
 from modeling.training.options import TrainOptions
 from modeling.training.plots import read_lines
@@ -73,6 +75,13 @@ def terminate_after(out: Path, steps: int, number: int = signal.SIGTERM) -> thre
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def stopped_on_one_rank(options: TrainOptions, steps: int) -> int:
+    """On a rank of a pool: SIGTERM reaches rank 1 alone; all ranks must stop at the same step."""
+    if dist.get_rank() == 1:
+        terminate_after(Path(options.out), steps)
+    return run_rank(options)
 
 
 def read_json(path: Path) -> Any:

@@ -19,10 +19,9 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 from modeling.distributed.parallel_state import use_parallel_state
 from modeling.distributed.parallelize import parallelize_model, param_groups_by_mesh
 from modeling.training.lora import add_lora, lora_config, merge_and_remove
-from modeling.training.options import TrainOptions
 from tests.distributed.ranks import Mesh, batch_of, build, state_of, summed, whole_gradients
 from tests.ecosystem.chats import padded_batch
-from tests.training.runs import curve, options_of, run, run_rank, terminate_after
+from tests.training.runs import curve, options_of, run, run_rank, stopped_on_one_rank
 from tests.training.test_lora import start_adapters
 
 TARGETS = ("attention", "attention+experts")
@@ -131,12 +130,6 @@ def test_every_mesh_trains_the_adapters_of_one_process(pools: Any, mesh: Mesh, r
 
 MESH = {"dp_shard": 2, "sp": 2, "ep": 2}
 LORA = {"lora": "attention+experts", "lora_rank": 4, "lora_alpha": 16, "lr": 1e-2, "max_steps": 5}
-
-
-def stopped_on_one_rank(options: TrainOptions, steps: int) -> int:
-    if dist.get_rank() == 1:
-        terminate_after(Path(options.out), steps)
-    return run_rank(options)
 
 
 def size_of(folder: Path) -> int:

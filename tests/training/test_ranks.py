@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from modeling.training.options import TrainOptions
-from tests.training.runs import curve, options_of, read_json, run_rank, terminate_after
+from tests.training.runs import curve, options_of, read_json, run_rank, stopped_on_one_rank, terminate_after
 
 STEPS = 6
 MESH = {"dp_shard": 2, "sp": 2, "ep": 2}
@@ -19,13 +18,6 @@ OTHERS = {
     4: {"dp_shard": 1, "dp_replicate": 2, "sp": 2, "ep": 1},
     2: {"dp_shard": 2, "sp": 1, "ep": 2, "recompute": "full"},
 }
-
-
-def stopped_on_one_rank(options: TrainOptions, steps: int) -> int:
-    """SIGTERM reaches rank 1 alone; all ranks must stop at the same step."""
-    if dist.get_rank() == 1:
-        terminate_after(Path(options.out), steps)
-    return run_rank(options)
 
 
 @pytest.fixture(scope="module")
