@@ -198,7 +198,7 @@ def test_every_tensor_has_its_place(model: Any, tiny_hub: Path, tmp_path: Path, 
     assert torch.equal(parameters["visual.blocks.2.attn.qkv.weight"], model.model.visual.blocks[2].attn.qkv.weight)
 
 
-def test_other_layouts_do_not_fit(tiny_fused: Path, model: Any, tiny_hub: Path, tmp_path: Path):
+def test_other_layouts_do_not_fit(model: Any, tmp_path: Path):
     """The check can fail: weights in the order of memory have the right names and the wrong shapes."""
     export_checkpoint(model, tmp_path / "fused", layout="fused")
     with pytest.raises(ValueError, match=r"w\w+_weight is \(16, .*, the engine has"):
