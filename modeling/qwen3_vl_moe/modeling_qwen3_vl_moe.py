@@ -56,6 +56,7 @@ from modeling.ops.linear_cross_entropy import linear_cross_entropy
 from modeling.ops.load_balancing import load_balancing_loss_func
 from modeling.ops.rms_norm import rms_norm
 from modeling.ops.rotary import rotate, rotate_qkv
+from modeling.ops.vision_block import can_fuse, norm_rotated_qkv, project_and_mlp
 from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeTextConfig,
@@ -438,6 +439,18 @@ class Qwen3VLMoeVisionAttention(nn.Module):
     ) -> torch.Tensor:
         """(p, H_vit) -> (p, H_vit)."""
         query, key, value = rotate_qkv(self.qkv(hidden_states), *position_embeddings, self.num_heads)  # (p, N, D)
+        return self.proj(self.attend(query, key, value, cu_seqlens, max_seqlen, sp_group))
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        sp_group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        """The attention between the two projections: (p, N, D) each -> (p, H_vit)."""
         attended = varlen_attention(
             query,
             key,
@@ -449,7 +462,7 @@ class Qwen3VLMoeVisionAttention(nn.Module):
             implementation=self.config._attn_implementation,
             group=sp_group,
         )
-        return self.proj(attended.flatten(1))
+        return attended.flatten(1)
 
 
 class Qwen3VLMoeVisionMLP(nn.Module):
@@ -470,6 +483,7 @@ class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.attn = Qwen3VLMoeVisionAttention(config)
         self.mlp = Qwen3VLMoeVisionMLP(config)
+        self.is_tanh_gelu = config.hidden_act == "gelu_pytorch_tanh"
 
     def forward(
         self,
@@ -480,10 +494,20 @@ class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
         sp_group: dist.ProcessGroup | None = None,
     ) -> torch.Tensor:
         """(p, H_vit) -> (p, H_vit)."""
-        hidden_states = hidden_states + self.attn(
+        attn, mlp = self.attn, self.mlp
+        if self.is_tanh_gelu and can_fuse(
+            hidden_states, self.norm1, attn.qkv, attn.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2
+        ):
+            # PATCH(vit-fused-block): a third of the activations kept, half of the launches; the same sums
+            residual, query, key, value = norm_rotated_qkv(
+                hidden_states, self.norm1, attn.qkv, *position_embeddings, attn.num_heads
+            )
+            attended = attn.attend(query, key, value, cu_seqlens, max_seqlen, sp_group)
+            return project_and_mlp(attended, residual, attn.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2)
+        hidden_states = hidden_states + attn(
             self.norm1(hidden_states), cu_seqlens, max_seqlen, position_embeddings, sp_group
         )
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+        return hidden_states + mlp(self.norm2(hidden_states))
 
 
 class Qwen3VLMoeVisionPatchProjection(nn.Conv3d):

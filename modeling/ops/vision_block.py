@@ -1,0 +1,155 @@
+"""A vision block as two functions around its attention, for speed and memory: what is cheap is computed twice.
+
+Between forward and backward the two keep only what attention keeps anyway (query, key, value, its output) and the
+block's input: 5 P x H values where the modules, one by one, keep 15. Backward makes the norms, the output projection
+and the MLP's first product again. Biases, residual sums and the sums over patches ride in the kernels that move the
+data; the products are the framework's own.
+
+    residual, query, key, value = norm_rotated_qkv(x, ...)       h = LN(x);  q, k, v = h Wqkv + b, q and k turned
+    out = project_and_mlp(attended, residual, ...)               t = residual + attended Wp + b;  t + MLP(LN(t))
+
+Both compute what the modules compute, to rounding. Letters: P patches, H hidden, I intermediate, N heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from modeling.ops.triton_support import use_triton
+from modeling.ops.vision_pointwise import (
+    add_layer_norm,
+    gelu_backward_,
+    layer_norm_backward,
+    linear_gelu,
+    rotate_joint_,
+    rotate_joint_backward,
+)
+
+
+def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether the functions here stand for `modules` on x: on a GPU, in one dtype, nothing attached to a module.
+
+    An adapter, a hook, a quantised or replaced layer, or autocast asks for the modules themselves.
+    """
+    if not use_triton(x) or not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(_is_plain(module, x.dtype) for module in modules)
+
+
+def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
+    if type(module) not in (nn.Linear, nn.LayerNorm) or "forward" in vars(module):
+        return False
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks) and module.bias is not None and module.weight.dtype == dtype == module.bias.dtype
+
+
+def norm_rotated_qkv(
+    x: Tensor, norm: nn.LayerNorm, qkv: nn.Linear, cos: Tensor, sin: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (P, H) -> x for the residual sum, and query, key, value (P, N, D), the first two turned by cos, sin (P, D)."""
+    return _NormRotatedQKV.apply(x, norm.weight, norm.bias, qkv.weight, qkv.bias, cos, sin, heads, norm.eps)
+
+
+def project_and_mlp(
+    attended: Tensor, residual: Tensor, proj: nn.Linear, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear
+) -> Tensor:
+    """t = residual + proj(attended); t + fc2(gelu(fc1(norm(t)))), with GELU's tanh form. (P, H), (P, H) -> (P, H)."""
+    weights = (proj.weight, proj.bias, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return _ProjectAndMLP.apply(attended, residual, *weights, norm.eps)
+
+
+class _NormRotatedQKV(torch.autograd.Function):
+    """forward: `norm_rotated_qkv`; backward: its adjoint, the norm made again from x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        h = add_layer_norm(x, None, None, norm_weight, norm_bias, eps)[1]
+        joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, heads, -1))
+        query, key, value = rotate_joint_(joint, cos, sin).unbind(1)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, cos, sin)
+        ctx.eps = eps
+        return x, query, key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_residual: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight, cos, sin = ctx.saved_tensors
+        d_joint, d_bias = rotate_joint_backward(d_query, d_key, d_value, cos, sin)
+        _, h, *statistics = add_layer_norm(x, None, None, norm_weight, norm_bias, ctx.eps)
+        d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None
+        d_x, sums = layer_norm_backward(d_joint @ weight, x, *statistics, norm_weight, d_residual.contiguous())
+        d_norm_weight, d_norm_bias, _, _ = sums.to(x.dtype)
+        return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias.to(x.dtype), None, None, None, None
+
+
+class _ProjectAndMLP(torch.autograd.Function):
+    """forward: `project_and_mlp`; backward: its adjoint, everything but the attention's output made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        attended: Tensor,
+        residual: Tensor,
+        proj_weight: Tensor,
+        proj_bias: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        eps: float,
+    ) -> Tensor:
+        branch = attended @ proj_weight.T
+        # The second bias rides along: the last product then adds to the residual sum in place.
+        out, h, _, _ = add_layer_norm(residual, branch, proj_bias, norm_weight, norm_bias, eps, tail=bias2)
+        act = linear_gelu(h, weight1, bias1)  # (P, I)
+        ctx.save_for_backward(
+            attended, residual, proj_weight, proj_bias, norm_weight, norm_bias, weight1, bias1, weight2
+        )
+        ctx.eps = eps
+        return out.addmm_(act, weight2.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        attended, residual, proj_weight, proj_bias, norm_weight, norm_bias, weight1, bias1, weight2 = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        d_out = d_out.contiguous()
+        branch = attended @ proj_weight.T
+        total, h, *statistics = add_layer_norm(residual, branch, proj_bias, norm_weight, norm_bias, ctx.eps)
+        act, d_pre = torch.addmm(bias1, h, weight1.T), d_out @ weight2  # (P, I); in place from here on
+        d_bias1 = gelu_backward_(act, d_pre)
+        d_weight2 = d_out.T @ act if needs[8] else None
+        del act
+        d_weight1 = d_pre.T @ h if needs[6] else None
+        d_total, sums = layer_norm_backward(d_pre @ weight1, total, *statistics, norm_weight, d_out)
+        d_norm_weight, d_norm_bias, d_bias2, d_proj_bias = sums.to(d_out.dtype)
+        d_proj_weight = d_total.T @ attended if needs[2] else None
+        return (
+            d_total @ proj_weight, d_total, d_proj_weight, d_proj_bias, d_norm_weight, d_norm_bias,
+            d_weight1, d_bias1.to(d_out.dtype), d_weight2, d_bias2, None,
+        )  # fmt: skip

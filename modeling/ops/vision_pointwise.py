@@ -1,0 +1,166 @@
+"""The element-wise steps of a vision block, each once as readable torch and once as a Triton kernel.
+
+A caller names neither: tensors on a CUDA device go to the kernel (`vision_triton.py`), all others to the reference in
+this file, which is also what the kernel is tested against. Arithmetic is fp32 whatever the storage, rounded once on the
+way out; sums over rows stay fp32.
+
+Letters: P patches, H hidden, I intermediate, N heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from modeling.ops.rotary import rotate_reference
+from modeling.ops.triton_support import use_triton
+
+Normed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    branch_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    tail: torch.Tensor | None = None,
+) -> Normed:
+    """LayerNorm (Ba et al., 2016) of a residual sum: total = x + branch + branch_bias, h = LN(total).
+
+    Args: x, branch (P, H), the branch and its bias (H,) may be None together; weight, bias (H,); tail (H,), which is
+        added to the total that is given back, not to the one that is normalised.
+    Returns: total + tail and h, (P, H) in x's dtype (x itself where nothing is added); mean and 1 / deviation (P,)
+        fp32 of the total as rounded.
+    """
+    if use_triton(x):
+        from modeling.ops import vision_triton
+
+        return vision_triton.add_layer_norm(x, branch, branch_bias, weight, bias, eps, tail)
+    return add_layer_norm_reference(x, branch, branch_bias, weight, bias, eps, tail)
+
+
+def layer_norm_backward(
+    d_h: torch.Tensor,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_deviation: torch.Tensor,
+    weight: torch.Tensor,
+    d_total: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adjoint of LayerNorm inside a residual block, the gradient that arrives beside it added.
+
+    Args: d_h, total, d_total (P, H); mean, inverse_deviation (P,) fp32; weight (H,).
+    Returns: d = d_total + LN'(d_h), (P, H); and (4, H) fp32 sums over patches: the gradients of the norm's weight and
+        bias, the sum of d_total, the sum of d.
+    """
+    if use_triton(d_h):
+        from modeling.ops import vision_triton
+
+        return vision_triton.layer_norm_backward(d_h, total, mean, inverse_deviation, weight, d_total)
+    return layer_norm_backward_reference(d_h, total, mean, inverse_deviation, weight, d_total)
+
+
+def linear_gelu(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """gelu(h @ weight.T + bias) with GELU's tanh form; on a GPU in the epilogue of the product. (P, H) -> (P, I)."""
+    if h.is_cuda:
+        return torch._addmm_activation(bias, h, weight.T, use_gelu=True)
+    return F.gelu(torch.addmm(bias, h, weight.T), approximate="tanh")  # there the fused operator means the erf form
+
+
+def gelu_backward_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
+    """In place: pre (P, I) becomes gelu(pre), d_act (P, I) the gradient of pre. Returns its sum over patches (I,) fp32.
+
+    GELU in its tanh form (Hendrycks & Gimpel, 2016).
+    """
+    if use_triton(pre):
+        from modeling.ops import vision_triton
+
+        return vision_triton.gelu_backward_(pre, d_act)
+    return gelu_backward_reference_(pre, d_act)
+
+
+def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the queries and keys of a joint projection (P, 3, N, D) in place by cos and sin (P, D); returns it."""
+    if use_triton(joint):
+        from modeling.ops import vision_triton
+
+        return vision_triton.rotate_joint_(joint, cos, sin)
+    return rotate_joint_reference_(joint, cos, sin)
+
+
+def rotate_joint_backward(
+    d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adjoint of `rotate_joint_`: three (P, N, D) -> (P, 3 N D), and its sum over patches (3 N D,) fp32."""
+    if use_triton(d_query):
+        from modeling.ops import vision_triton
+
+        return vision_triton.rotate_joint_backward(d_query, d_key, d_value, cos, sin)
+    return rotate_joint_backward_reference(d_query, d_key, d_value, cos, sin)
+
+
+def add_layer_norm_reference(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    branch_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    tail: torch.Tensor | None,
+) -> Normed:
+    total = x
+    if branch is not None and branch_bias is not None:
+        total = (x.float() + (branch.float() + branch_bias.float())).to(x.dtype)
+    centred = total.float()
+    mean = centred.mean(-1)
+    centred = centred - mean[:, None]
+    inverse_deviation = torch.rsqrt(centred.pow(2).mean(-1) + eps)
+    h = centred * inverse_deviation[:, None] * weight.float() + bias.float()
+    out = total if tail is None else (total.float() + tail.float()).to(x.dtype)
+    return out, h.to(x.dtype), mean, inverse_deviation
+
+
+def layer_norm_backward_reference(
+    d_h: torch.Tensor,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_deviation: torch.Tensor,
+    weight: torch.Tensor,
+    d_total: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normalised = (total.float() - mean[:, None]) * inverse_deviation[:, None]
+    grad = d_h.float() * weight.float()
+    along = (grad * normalised).mean(-1, keepdim=True)
+    d = (grad - grad.mean(-1, keepdim=True) - normalised * along) * inverse_deviation[:, None] + d_total.float()
+    sums = [(d_h.float() * normalised).sum(0), d_h.float().sum(0), d_total.float().sum(0), d.sum(0)]
+    return d.to(d_h.dtype), torch.stack(sums)
+
+
+def gelu_backward_reference_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
+    x = pre.float()
+    # 0.5 * (1 + tanh(u)) = sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
+    twice = 2 * math.sqrt(2 / math.pi)
+    gate = torch.sigmoid(twice * (x + 0.044715 * x**3))
+    d_pre = d_act.float() * (gate + x * gate * (1 - gate) * twice * (1 + 3 * 0.044715 * x * x))
+    pre.copy_(x * gate)
+    d_act.copy_(d_pre)
+    return d_pre.sum(0)
+
+
+def rotate_joint_reference_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turned = rotate_reference(joint[:, :2].float(), cos.float()[:, None], sin.float()[:, None])
+    joint[:, :2] = turned.to(joint.dtype)
+    return joint
+
+
+def rotate_joint_backward_reference(
+    d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = cos.float(), sin.float()
+    turned_back = [rotate_reference(d.float(), cos, -sin) for d in (d_query, d_key)]
+    joint = torch.stack([*turned_back, d_value.float()], dim=1).flatten(1)
+    return joint.to(d_query.dtype), joint.sum(0)
