@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from modeling.distributed.sequence_parallel import gather_heads_scatter_seq, gather_seq_scatter_heads, group_size
@@ -221,10 +222,24 @@ def _flash_attention(
     return out[0] if isinstance(out, tuple) else out
 
 
-def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-    from flash_attn.cute import flash_attn_varlen_func
+def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return _FlashAttention4.apply(query, key, value, options)
 
-    return _flash_attention(flash_attn_varlen_func, query, key, value, **kwargs)
+
+class _FlashAttention4(torch.autograd.Function):
+    """The package's two kernels, its own autograd function left out: see `flash_attention_4_backward`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        out, lse = flash_attention_4_with_lse(query, key, value, **options)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *flash_attention_4_backward(d_out.contiguous(), *ctx.saved_tensors, **ctx.options), None
 
 
 def flash_attention_4_with_lse(
@@ -261,9 +276,21 @@ def flash_attention_4_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of `flash_attention_4_with_lse` in query, key and value. The package has no public name for it."""
+    """The adjoint of `flash_attention_4_with_lse` in query, key and value. The package has no public name for it.
+
+    Query and key may come with zeros behind a head's values; their gradients are then as wide. On Hopper heads that are
+    no multiple of 32 wide (72, say, the vision tower's) must be: the kernel adds up the query's gradient in rows of the
+    next multiple of 16 and reads them back as rows of the next multiple of 32 (flash-attention's pull request 2896),
+    so that it comes out wrong, without a word. They are padded here where the caller has not done it.
+    """
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    head_dim, width = query.shape[-1], flash_attention_4_width(query.shape[-1], query.device)
+    if width != head_dim:
+        query, key = F.pad(query, (0, width - head_dim)), F.pad(key, (0, width - head_dim))
+    value_dim = value.shape[-1]
+    if query.shape[1] != key.shape[1] and query.shape[-1] != value_dim:  # grouped heads: all of one width
+        value, out, d_out = (F.pad(x, (0, query.shape[-1] - value_dim)) for x in (value, out, d_out))
     d_query, d_key, d_value = _flash_attn_bwd(
         query,
         key,
@@ -278,7 +305,13 @@ def flash_attention_4_backward(
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
     )
-    return d_query, d_key, d_value
+    return d_query[..., :head_dim], d_key[..., :head_dim], d_value[..., :value_dim]
+
+
+def flash_attention_4_width(head_dim: int, device: torch.device) -> int:
+    """How wide query and key heads must be for `flash_attention_4_backward`."""
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return -(-head_dim // 32) * 32 if is_hopper else head_dim
 
 
 def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:

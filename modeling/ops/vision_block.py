@@ -1,14 +1,17 @@
-"""A vision block as two functions around its attention, for speed and memory: what is cheap is computed twice.
+"""A vision block as a few autograd functions, for speed and memory: what is cheap is computed twice.
 
-Between forward and backward the two keep only what attention keeps anyway (query, key, value, its output) and the
-block's input: 5 P x H values where the modules, one by one, keep 15. Backward makes the norms, the output projection
-and the MLP's first product again. Biases, residual sums and the sums over patches ride in the kernels that move the
-data; the products are the framework's own.
+Between forward and backward they keep the block's input, attention's output and the sum of the two: 3 P x H values,
+where the modules, one by one, keep 15. Backward makes the norms, the query-key-value projection and the MLP's first
+product again. Biases, residual sums and the sums over patches ride in the kernels that move the data; the products are
+the framework's own.
 
-    residual, query, key, value = norm_rotated_qkv(x, ...)       h = LN(x);  q, k, v = h Wqkv + b, q and k turned
-    out = project_and_mlp(attended, residual, ...)               t = residual + attended Wp + b;  t + MLP(LN(t))
+    residual, attended = norm_attention(x, ...)              h = LN(x);  q, k, v = h Wqkv + b, q and k turned; attention
+    out = project_and_mlp(attended, residual, ...)           t = residual + attended Wp + b;  t + MLP(LN(t))
 
-Both compute what the modules compute, to rounding. Letters: P patches, H hidden, I intermediate, N heads, D head_dim.
+Where attention is another kernel than flash-attn 4, or exchanges heads between ranks, it stands by itself behind
+`norm_rotated_qkv`, and keeps query, key and value. All compute what the modules compute, to rounding.
+
+Letters: P patches, H hidden, I intermediate, N heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -19,14 +22,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from modeling.ops.attention import (
+    flash_attention_4_backward,
+    flash_attention_4_width,
+    flash_attention_4_with_lse,
+)
 from modeling.ops.triton_support import use_triton
 from modeling.ops.vision_pointwise import (
     add_layer_norm,
     gelu_backward_,
+    layer_norm,
     layer_norm_backward,
     linear_gelu,
     rotate_joint_,
     rotate_joint_backward,
+    rotate_joint_padded,
 )
 
 
@@ -67,6 +77,62 @@ def project_and_mlp(
     return _ProjectAndMLP.apply(attended, residual, *weights, norm.eps)
 
 
+def norm_attention(
+    x: Tensor, norm: nn.LayerNorm, qkv: nn.Linear, cos: Tensor, sin: Tensor, heads: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """x (P, H) -> x for the residual sum, and flash-attn 4's output (P, H); options as of `attention.varlen_attention`.
+
+    cos and sin (P, D).
+    """
+    weights = (norm.weight, norm.bias, qkv.weight, qkv.bias)
+    return _NormAttention.apply(x, *weights, cos, sin, heads, norm.eps, options)
+
+
+class _NormAttention(torch.autograd.Function):
+    """forward: `norm_attention`; backward: its adjoint, query, key and value made again from x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        eps: float,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        h = layer_norm(x, norm_weight, norm_bias, eps)[0]
+        joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, heads, -1))
+        attended, lse = flash_attention_4_with_lse(*rotate_joint_(joint, cos, sin).unbind(1), **options)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, cos, sin, attended, lse)
+        ctx.heads, ctx.eps, ctx.options = heads, eps, options
+        return x, attended.flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_residual: Tensor, d_attended: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight, bias, cos, sin, attended, lse = ctx.saved_tensors
+        h, *statistics = layer_norm(x, norm_weight, norm_bias, ctx.eps)
+        joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, ctx.heads, -1))
+        width = flash_attention_4_width(attended.shape[-1], x.device)
+        query, key = rotate_joint_padded(joint, cos, sin, width)
+        d_parts = flash_attention_4_backward(
+            d_attended.contiguous().view_as(attended), query, key, joint[:, 2], attended, lse, **ctx.options
+        )
+        del joint, query, key
+        d_joint, d_bias = rotate_joint_backward(*d_parts, cos, sin)
+        del d_parts
+        d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None
+        d_x, sums = layer_norm_backward(d_joint @ weight, x, *statistics, norm_weight, d_residual.contiguous())
+        d_norm_weight, d_norm_bias, _, _ = sums.to(x.dtype)
+        return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias.to(x.dtype), None, None, None, None, None
+
+
 class _NormRotatedQKV(torch.autograd.Function):
     """forward: `norm_rotated_qkv`; backward: its adjoint, the norm made again from x."""
 
@@ -84,7 +150,7 @@ class _NormRotatedQKV(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cos, sin = cos.contiguous(), sin.contiguous()
-        h = add_layer_norm(x, None, None, norm_weight, norm_bias, eps)[1]
+        h = layer_norm(x, norm_weight, norm_bias, eps)[0]
         joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, heads, -1))
         query, key, value = rotate_joint_(joint, cos, sin).unbind(1)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, cos, sin)
@@ -98,7 +164,7 @@ class _NormRotatedQKV(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, cos, sin = ctx.saved_tensors
         d_joint, d_bias = rotate_joint_backward(d_query, d_key, d_value, cos, sin)
-        _, h, *statistics = add_layer_norm(x, None, None, norm_weight, norm_bias, ctx.eps)
+        h, *statistics = layer_norm(x, norm_weight, norm_bias, ctx.eps)
         d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None
         d_x, sums = layer_norm_backward(d_joint @ weight, x, *statistics, norm_weight, d_residual.contiguous())
         d_norm_weight, d_norm_bias, _, _ = sums.to(x.dtype)
@@ -124,23 +190,23 @@ class _ProjectAndMLP(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         branch = attended @ proj_weight.T
-        # The second bias rides along: the last product then adds to the residual sum in place.
-        out, h, _, _ = add_layer_norm(residual, branch, proj_bias, norm_weight, norm_bias, eps, tail=bias2)
+        # The last bias rides along: the last product then adds to the residual sum in place.
+        total, ahead, h, *statistics = add_layer_norm(residual, branch, proj_bias, bias2, norm_weight, norm_bias, eps)
+        del branch
         act = linear_gelu(h, weight1, bias1)  # (P, I)
         ctx.save_for_backward(
-            attended, residual, proj_weight, proj_bias, norm_weight, norm_bias, weight1, bias1, weight2
+            attended, total, *statistics, proj_weight, norm_weight, norm_bias, weight1, bias1, weight2
         )
         ctx.eps = eps
-        return out.addmm_(act, weight2.T)
+        return ahead.addmm_(act, weight2.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        attended, residual, proj_weight, proj_bias, norm_weight, norm_bias, weight1, bias1, weight2 = ctx.saved_tensors
+        attended, total, *statistics, proj_weight, norm_weight, norm_bias, weight1, bias1, weight2 = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_out = d_out.contiguous()
-        branch = attended @ proj_weight.T
-        total, h, *statistics = add_layer_norm(residual, branch, proj_bias, norm_weight, norm_bias, ctx.eps)
+        h = layer_norm(total, norm_weight, norm_bias, ctx.eps)[0]
         act, d_pre = torch.addmm(bias1, h, weight1.T), d_out @ weight2  # (P, I); in place from here on
         d_bias1 = gelu_backward_(act, d_pre)
         d_weight2 = d_out.T @ act if needs[8] else None

@@ -17,30 +17,37 @@ import torch.nn.functional as F
 from modeling.ops.rotary import rotate_reference
 from modeling.ops.triton_support import use_triton
 
-Normed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LayerNorm (Ba et al., 2016) of x (P, H): h like x, and mean and 1 / deviation (P,) fp32."""
+    if use_triton(x):
+        from modeling.ops import vision_triton
+
+        return vision_triton.layer_norm(x, weight, bias, eps)
+    return layer_norm_reference(x, weight, bias, eps)
 
 
 def add_layer_norm(
     x: torch.Tensor,
-    branch: torch.Tensor | None,
-    branch_bias: torch.Tensor | None,
+    branch: torch.Tensor,
+    branch_bias: torch.Tensor,
+    tail: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
-    tail: torch.Tensor | None = None,
-) -> Normed:
-    """LayerNorm (Ba et al., 2016) of a residual sum: total = x + branch + branch_bias, h = LN(total).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LayerNorm of a residual sum: total = x + branch + branch_bias, h = LN(total).
 
-    Args: x, branch (P, H), the branch and its bias (H,) may be None together; weight, bias (H,); tail (H,), which is
-        added to the total that is given back, not to the one that is normalised.
-    Returns: total + tail and h, (P, H) in x's dtype (x itself where nothing is added); mean and 1 / deviation (P,)
-        fp32 of the total as rounded.
+    Args: x, branch (P, H); branch_bias, tail, weight, bias (H,).
+    Returns: total, total + tail and h, (P, H) in x's dtype; mean and 1 / deviation (P,) fp32 of the total as rounded.
     """
     if use_triton(x):
         from modeling.ops import vision_triton
 
-        return vision_triton.add_layer_norm(x, branch, branch_bias, weight, bias, eps, tail)
-    return add_layer_norm_reference(x, branch, branch_bias, weight, bias, eps, tail)
+        return vision_triton.add_layer_norm(x, branch, branch_bias, tail, weight, bias, eps)
+    return add_layer_norm_reference(x, branch, branch_bias, tail, weight, bias, eps)
 
 
 def layer_norm_backward(
@@ -92,10 +99,25 @@ def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return rotate_joint_reference_(joint, cos, sin)
 
 
+def rotate_joint_padded(
+    joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The turned queries and keys of a joint projection (P, 3, N, D) as (P, N, width), zeros behind each head.
+
+    Where the width is D they are views of joint, which is then turned in place.
+    """
+    if use_triton(joint):
+        from modeling.ops import vision_triton
+
+        return vision_triton.rotate_joint_padded(joint, cos, sin, width)
+    return rotate_joint_padded_reference(joint, cos, sin, width)
+
+
 def rotate_joint_backward(
     d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The adjoint of `rotate_joint_`: three (P, N, D) -> (P, 3 N D), and its sum over patches (3 N D,) fp32."""
+    """The adjoint of the rotation, and its sum over patches: d_query and d_key (P, N, D or wider, what is behind D left
+    out), d_value (P, N, D) -> (P, 3 N D), (3 N D,) fp32."""
     if use_triton(d_query):
         from modeling.ops import vision_triton
 
@@ -103,25 +125,29 @@ def rotate_joint_backward(
     return rotate_joint_backward_reference(d_query, d_key, d_value, cos, sin)
 
 
-def add_layer_norm_reference(
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    branch_bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    tail: torch.Tensor | None,
-) -> Normed:
-    total = x
-    if branch is not None and branch_bias is not None:
-        total = (x.float() + (branch.float() + branch_bias.float())).to(x.dtype)
-    centred = total.float()
+def layer_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    centred = x.float()
     mean = centred.mean(-1)
     centred = centred - mean[:, None]
     inverse_deviation = torch.rsqrt(centred.pow(2).mean(-1) + eps)
     h = centred * inverse_deviation[:, None] * weight.float() + bias.float()
-    out = total if tail is None else (total.float() + tail.float()).to(x.dtype)
-    return out, h.to(x.dtype), mean, inverse_deviation
+    return h.to(x.dtype), mean, inverse_deviation
+
+
+def add_layer_norm_reference(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    branch_bias: torch.Tensor,
+    tail: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    total = (x.float() + (branch.float() + branch_bias.float())).to(x.dtype)
+    ahead = (total.float() + tail.float()).to(x.dtype)
+    return total, ahead, *layer_norm_reference(total, weight, bias, eps)
 
 
 def layer_norm_backward_reference(
@@ -157,10 +183,18 @@ def rotate_joint_reference_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.T
     return joint
 
 
+def rotate_joint_padded_reference(
+    joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, _ = rotate_joint_reference_(joint, cos, sin).unbind(1)
+    behind = (0, width - joint.shape[-1])
+    return F.pad(query, behind), F.pad(key, behind)
+
+
 def rotate_joint_backward_reference(
     d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = cos.float(), sin.float()
-    turned_back = [rotate_reference(d.float(), cos, -sin) for d in (d_query, d_key)]
+    cos, sin, dim = cos.float(), sin.float(), d_value.shape[-1]
+    turned_back = [rotate_reference(d[..., :dim].float(), cos, -sin) for d in (d_query, d_key)]
     joint = torch.stack([*turned_back, d_value.float()], dim=1).flatten(1)
     return joint.to(d_query.dtype), joint.sum(0)

@@ -24,10 +24,11 @@ def _add_layer_norm_kernel(
     x,
     branch,
     branch_bias,
+    tail,
     weight,
     bias,
-    tail,
-    out,
+    sums,
+    ahead,
     h,
     means,
     inverse_deviations,
@@ -35,7 +36,6 @@ def _add_layer_norm_kernel(
     H,
     eps,
     ADD: tl.constexpr,
-    TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -49,10 +49,8 @@ def _add_layer_norm_kernel(
         added = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
         added += tl.load(branch_bias + column, mask=inside, other=0.0).to(tl.float32)
         total = (total + added).to(h.dtype.element_ty).to(tl.float32)
-        given = total
-        if TAIL:
-            given += tl.load(tail + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, given, mask=mask)
+        tl.store(sums + at, total, mask=mask)
+        tl.store(ahead + at, total + tl.load(tail + column, mask=inside, other=0.0).to(tl.float32), mask=mask)
     mean = tl.sum(total, axis=1) / H
     centred = tl.where(mask, total - mean[:, None], 0.0)
     inverse_deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / H + eps)
@@ -63,43 +61,39 @@ def _add_layer_norm_kernel(
     tl.store(inverse_deviations + row, inverse_deviation, mask=row < rows)
 
 
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `vision_pointwise.layer_norm`; x contiguous."""
+    h = torch.empty_like(x)
+    return h, *_launch_norm(x, x, weight, weight, weight, bias, x, x, h, eps, add=False)
+
+
 def add_layer_norm(
     x: torch.Tensor,
-    branch: torch.Tensor | None,
-    branch_bias: torch.Tensor | None,
+    branch: torch.Tensor,
+    branch_bias: torch.Tensor,
+    tail: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
-    tail: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vision_pointwise.add_layer_norm`; x and branch contiguous."""
+    total, ahead, h = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    statistics = _launch_norm(x, branch, branch_bias, tail, weight, bias, total, ahead, h, eps, add=True)
+    return total, ahead, h, *statistics
+
+
+def _launch_norm(x: torch.Tensor, *tensors: torch.Tensor | float, add: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    *tensors, eps = tensors
     rows, H = x.shape
-    h = torch.empty_like(x)
-    out = x if branch is None else torch.empty_like(x)
-    mean, inverse_deviation = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    mean, inverse_deviation = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     block = triton.next_power_of_2(H)
     tile = max(_TILE // block, 1)
     _add_layer_norm_kernel[(triton.cdiv(rows, tile),)](
-        x,
-        x if branch is None else branch,
-        weight if branch_bias is None else branch_bias,
-        weight,
-        bias,
-        weight if tail is None else tail,
-        out,
-        h,
-        mean,
-        inverse_deviation,
-        rows,
-        H,
-        eps,
-        ADD=branch is not None,
-        TAIL=tail is not None,
-        ROWS=tile,
-        BLOCK_H=block,
-        num_warps=8,
+        x, *tensors, mean, inverse_deviation, rows, H, eps, ADD=add, ROWS=tile, BLOCK_H=block, num_warps=8
     )
-    return out, h, mean, inverse_deviation
+    return mean, inverse_deviation
 
 
 @triton.jit
@@ -176,9 +170,7 @@ def layer_norm_backward(
 
 
 @triton.jit
-def _gelu_backward_kernel(
-    pre, d_act, partial, P, width, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _gelu_backward_kernel(pre, d_act, partial, P, width, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr):
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     chunk = tl.program_id(1)
     total = tl.zeros([1, COLUMNS], dtype=tl.float32)
@@ -210,51 +202,65 @@ def gelu_backward_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _turn_joint_kernel(
+    joint,
     query,
     key,
     value,
-    joint,
     cos,
     sin,
     partial,
     P,
-    N,
-    HALF,
+    N: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDE: tl.constexpr,
     BACK: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Forward: queries and keys of joint (P, 3, N, D) turned in place. Backward: three (P, N, D) turned back into it.
+    """Forward: queries and keys of joint (P, 3, N, D) turned, to query and key; backward: query, key, value (P, N, WIDE
+    or D) turned back into joint. Forward writes zeros behind a head of D where WIDE, the heads' distance, leaves room.
 
-    A lane owns a pair (d, d + D / 2), so that nobody else reads what it writes.
+    A lane owns a pair (d, d + D / 2), so that nobody else reads what it writes, and joint may be query and key as well.
+    All sizes are constants: the compiler then knows how many neighbours one load may fetch.
     """
+    D: tl.constexpr = 2 * HALF
+    TAIL: tl.constexpr = (WIDE - D) // 2
     pair = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS))[None, :]
     chunk = tl.program_id(1)
     part = tl.program_id(2)
+    head = pair // HALF
     angle = pair % HALF
     inside = pair < N * HALF
-    first = pair // HALF * (2 * HALF) + angle  # column of the pair's first half among N * D
-    width = 2 * N * HALF
-    source = query
+    narrow = head * D + angle
+    wide = head * WIDE + angle
+    own = query
     if part == 1:
-        source = key
+        own = key
     if part == 2:
-        source = value
+        own = value
     sum_first = tl.zeros([1, PAIRS], dtype=tl.float32)
     sum_second = tl.zeros([1, PAIRS], dtype=tl.float32)
     for step in range(ROWS // STEP):
         row = (chunk * ROWS + step * STEP + tl.arange(0, STEP)).to(tl.int64)[:, None]
         mask = (row < P) & inside
-        target = joint + (row * 3 + part) * width + first
-        read = target
+        in_joint = joint + row * (3 * N * D) + part * (N * D) + narrow
+        at = row * (N * WIDE) + wide
+        if part == 2:  # the value's gradient is as wide as a head, and nothing turns it
+            at = row * (N * D) + narrow
         if BACK:
-            read = source + row * width + first
+            read = own + at
+            target = in_joint
+        else:
+            read = in_joint
+            target = in_joint
+            if TAIL > 0:
+                target = own + at
         one = tl.load(read, mask=mask, other=0.0).to(tl.float32)
         other = tl.load(read + HALF, mask=mask, other=0.0).to(tl.float32)
         turned = mask & (part < 2)
-        c = tl.load(cos + row * (2 * HALF) + angle, mask=turned, other=1.0).to(tl.float32)
-        s = tl.load(sin + row * (2 * HALF) + angle, mask=turned, other=0.0).to(tl.float32)
+        c = tl.load(cos + row * D + angle, mask=turned, other=1.0).to(tl.float32)
+        s = tl.load(sin + row * D + angle, mask=turned, other=0.0).to(tl.float32)
         if BACK:
             s = -s
         new_one = one * c - other * s
@@ -264,35 +270,69 @@ def _turn_joint_kernel(
         if BACK:
             sum_first += tl.sum(new_one, axis=0)[None, :]
             sum_second += tl.sum(new_other, axis=0)[None, :]
+        elif TAIL > 0:
+            nothing = tl.zeros([STEP, PAIRS], dtype=tl.float32)
+            tl.store(target + D, nothing, mask=mask & (angle < TAIL))
+            tl.store(target + D + TAIL, nothing, mask=mask & (angle < TAIL))
     if BACK:
-        base = partial + (chunk * 3 + part) * width + first
+        base = partial + (chunk * 3 + part) * (N * D) + narrow
         tl.store(base, sum_first, mask=inside)
         tl.store(base + HALF, sum_second, mask=inside)
 
 
+def _turn(
+    joint: torch.Tensor,
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    wide: int,
+    partial: torch.Tensor | None,
+) -> None:
+    patches, _, heads, dim = joint.shape
+    grid = (triton.cdiv(heads * dim // 2, _PAIRS), triton.cdiv(patches, _ROWS), 2 if partial is None else 3)
+    _turn_joint_kernel[grid](
+        joint,
+        *parts,
+        cos,
+        sin,
+        joint if partial is None else partial,
+        patches,
+        N=heads,
+        HALF=dim // 2,
+        WIDE=wide,
+        BACK=partial is not None,
+        ROWS=_ROWS,
+        STEP=_STEP,
+        PAIRS=_PAIRS,
+    )
+
+
 def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """See `vision_pointwise.rotate_joint_`; joint, cos and sin contiguous."""
-    patches, _, heads, dim = joint.shape
-    grid = (triton.cdiv(heads * dim // 2, _PAIRS), triton.cdiv(patches, _ROWS), 2)
-    _turn_joint_kernel[grid](
-        joint, joint, joint, joint, cos, sin, joint, patches, heads, dim // 2,
-        BACK=False, ROWS=_ROWS, STEP=_STEP, PAIRS=_PAIRS,
-    )  # fmt: skip
+    _turn(joint, (joint, joint, joint), cos, sin, joint.shape[-1], None)
     return joint
+
+
+def rotate_joint_padded(
+    joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `vision_pointwise.rotate_joint_padded`; joint, cos and sin contiguous."""
+    patches, _, heads, dim = joint.shape
+    if width == dim:
+        query, key, _ = rotate_joint_(joint, cos, sin).unbind(1)
+        return query, key
+    query, key = (joint.new_empty(patches, heads, width) for _ in range(2))
+    _turn(joint, (query, key, key), cos, sin, width, None)
+    return query, key
 
 
 def rotate_joint_backward(
     d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `vision_pointwise.rotate_joint_backward`; cos and sin contiguous."""
-    parts = [part.contiguous() for part in (d_query, d_key, d_value)]
-    patches, heads, dim = d_query.shape
-    joint = d_query.new_empty(patches, 3 * heads * dim)
-    chunks = triton.cdiv(patches, _ROWS)
-    partial = torch.empty(chunks, 3 * heads * dim, dtype=torch.float32, device=joint.device)
-    grid = (triton.cdiv(heads * dim // 2, _PAIRS), chunks, 3)
-    _turn_joint_kernel[grid](
-        *parts, joint, cos, sin, partial, patches, heads, dim // 2,
-        BACK=True, ROWS=_ROWS, STEP=_STEP, PAIRS=_PAIRS,
-    )  # fmt: skip
-    return joint, partial.sum(0)
+    d_query, d_key, d_value = (part.contiguous() for part in (d_query, d_key, d_value))
+    patches, heads, dim = d_value.shape
+    joint = d_query.new_empty(patches, 3, heads, dim)
+    partial = torch.empty(triton.cdiv(patches, _ROWS), 3 * heads * dim, dtype=torch.float32, device=joint.device)
+    _turn(joint, (d_query, d_key, d_value), cos, sin, d_query.shape[-1], partial)
+    return joint.flatten(1), partial.sum(0)

@@ -50,13 +50,13 @@ from modeling.distributed.sequence_parallel import (
     gather_seq_scatter_heads,
     sp_pad_and_slice,
 )
-from modeling.ops.attention import varlen_attention
+from modeling.ops.attention import select_varlen_backend, varlen_attention
 from modeling.ops.fused_moe import fused_moe_forward
 from modeling.ops.linear_cross_entropy import linear_cross_entropy
 from modeling.ops.load_balancing import load_balancing_loss_func
 from modeling.ops.rms_norm import rms_norm
 from modeling.ops.rotary import rotate, rotate_qkv
-from modeling.ops.vision_block import can_fuse, norm_rotated_qkv, project_and_mlp
+from modeling.ops.vision_block import can_fuse, norm_attention, norm_rotated_qkv, project_and_mlp
 from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeTextConfig,
@@ -441,6 +441,10 @@ class Qwen3VLMoeVisionAttention(nn.Module):
         query, key, value = rotate_qkv(self.qkv(hidden_states), *position_embeddings, self.num_heads)  # (p, N, D)
         return self.proj(self.attend(query, key, value, cu_seqlens, max_seqlen, sp_group))
 
+    def kernel(self, hidden_states: torch.Tensor) -> str:
+        """The name of the attention kernel for such hidden states."""
+        return select_varlen_backend(self.config._attn_implementation, hidden_states.device, hidden_states.dtype)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -498,11 +502,14 @@ class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
         if self.is_tanh_gelu and can_fuse(
             hidden_states, self.norm1, attn.qkv, attn.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2
         ):
-            # PATCH(vit-fused-block): a third of the activations kept, half of the launches; the same sums
-            residual, query, key, value = norm_rotated_qkv(
-                hidden_states, self.norm1, attn.qkv, *position_embeddings, attn.num_heads
-            )
-            attended = attn.attend(query, key, value, cu_seqlens, max_seqlen, sp_group)
+            # PATCH(vit-fused-block): a fifth of the activations kept, half of the launches; the same sums
+            qkv = (hidden_states, self.norm1, attn.qkv, *position_embeddings, attn.num_heads)
+            if sp_group is None and attn.kernel(hidden_states) == "flash_attention_4":
+                options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": False, "scale": attn.scaling}
+                residual, attended = norm_attention(*qkv, **options)
+            else:
+                residual, query, key, value = norm_rotated_qkv(*qkv)
+                attended = attn.attend(query, key, value, cu_seqlens, max_seqlen, sp_group)
             return project_and_mlp(attended, residual, attn.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2)
         hidden_states = hidden_states + attn(
             self.norm1(hidden_states), cu_seqlens, max_seqlen, position_embeddings, sp_group
