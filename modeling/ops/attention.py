@@ -278,19 +278,15 @@ def flash_attention_4_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The adjoint of `flash_attention_4_with_lse` in query, key and value. The package has no public name for it.
 
-    Query and key may come with zeros behind a head's values; their gradients are then as wide. On Hopper heads that are
-    no multiple of 32 wide (72, say, the vision tower's) must be: the kernel adds up the query's gradient in rows of the
-    next multiple of 16 and reads them back as rows of the next multiple of 32 (flash-attention's pull request 2896),
-    so that it comes out wrong, without a word. They are padded here where the caller has not done it.
+    On Hopper heads that are no multiple of 32 wide (72, say, the vision tower's) get zeros behind them, unless the
+    caller's have. The kernel adds up the query's gradient in rows of the next multiple of 16 and reads them back as
+    rows of the next multiple of 32 (flash-attention's pull request 2896): without zeros it is wrong, without a word.
     """
     from flash_attn.cute.interface import _flash_attn_bwd
 
     head_dim, width = query.shape[-1], flash_attention_4_width(query.shape[-1], query.device)
     if width != head_dim:
-        query, key = F.pad(query, (0, width - head_dim)), F.pad(key, (0, width - head_dim))
-    value_dim = value.shape[-1]
-    if query.shape[1] != key.shape[1] and query.shape[-1] != value_dim:  # grouped heads: all of one width
-        value, out, d_out = (F.pad(x, (0, query.shape[-1] - value_dim)) for x in (value, out, d_out))
+        d_out, query, key, value, out = (F.pad(x, (0, width - head_dim)) for x in (d_out, query, key, value, out))
     d_query, d_key, d_value = _flash_attn_bwd(
         query,
         key,
@@ -305,11 +301,11 @@ def flash_attention_4_backward(
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
     )
-    return d_query[..., :head_dim], d_key[..., :head_dim], d_value[..., :value_dim]
+    return d_query[..., :head_dim], d_key[..., :head_dim], d_value[..., :head_dim]
 
 
 def flash_attention_4_width(head_dim: int, device: torch.device) -> int:
-    """How wide query and key heads must be for `flash_attention_4_backward`."""
+    """How wide heads must be for the backward of flash-attn 4."""
     is_hopper = torch.cuda.get_device_capability(device)[0] == 9
     return -(-head_dim // 32) * 32 if is_hopper else head_dim
 

@@ -103,33 +103,6 @@ def _rotate_kernel(x, cos, sin, y, size, width, D, BACK: tl.constexpr, BLOCK: tl
     tl.store(y + at, _turned(x, at, at % D, at // width * D, cos, sin, mask, D // 2, BACK), mask=mask)
 
 
-@triton.jit
-def _joint_kernel(query, key, value, joint, cos, sin, size, width, D, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """joint (P, 3, N, D) -> itself turned, at `query`; or, going back, three (P, N, D) -> joint. Width is N * D."""
-    part = tl.program_id(1)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    token = at // width
-    whole = at + (2 * token + part) * width
-    if BACK:
-        source = query
-        if part == 1:
-            source = key
-        if part == 2:
-            source = value
-        read = at
-        target = joint
-    else:
-        source = joint
-        read = whole
-        target = query
-    if part < 2:
-        out = _turned(source, read, at % D, token * D, cos, sin, mask, D // 2, BACK)
-    else:
-        out = tl.load(source + read, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target + whole, out, mask=mask)
-
-
 def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return cos.flatten(0, -2).contiguous(), sin.flatten(0, -2).contiguous()
 
@@ -142,25 +115,3 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = F
     grid = (triton.cdiv(x.numel(), _FLAT),)
     _rotate_kernel[grid](x, *_tables(cos, sin), y, x.numel(), heads * dim, dim, BACK=back, BLOCK=_FLAT)
     return y
-
-
-def rotate_qkv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
-    """A joint projection (P, 3 N D) as a new (P, 3, N, D), queries and keys turned by cos and sin (P, D)."""
-    joint = qkv.contiguous().view(qkv.shape[0], 3, heads, -1)
-    out = torch.empty_like(joint)
-    size, dim = joint[:, 0].numel(), joint.shape[-1]
-    grid = (triton.cdiv(size, _FLAT), 3)
-    _joint_kernel[grid](out, out, out, joint, *_tables(cos, sin), size, heads * dim, dim, BACK=False, BLOCK=_FLAT)
-    return out
-
-
-def rotate_back_qkv(
-    d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """The adjoint of `rotate_qkv`: three (P, N, D) -> (P, 3 N D), new."""
-    parts = [part.contiguous() for part in (d_query, d_key, d_value)]
-    tokens, heads, dim = d_query.shape
-    joint = d_query.new_empty(tokens, 3 * heads * dim)
-    grid = (triton.cdiv(d_query.numel(), _FLAT), 3)
-    _joint_kernel[grid](*parts, joint, *_tables(cos, sin), d_query.numel(), heads * dim, dim, BACK=True, BLOCK=_FLAT)
-    return joint

@@ -69,16 +69,18 @@ class _RotateQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> tuple:
-        from modeling.ops import norm_rotary_triton
+        from modeling.ops import vision_triton
 
+        cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return norm_rotary_triton.rotate_qkv(qkv, cos, sin, heads).unbind(1)
+        # A copy: the projection's own output may be kept elsewhere (selective recomputation).
+        return vision_triton.rotate_joint_(qkv.unflatten(-1, (3, heads, -1)).clone(), cos, sin).unbind(1)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
-        from modeling.ops import norm_rotary_triton
+        from modeling.ops import vision_triton
 
-        return norm_rotary_triton.rotate_back_qkv(d_query, d_key, d_value, *ctx.saved_tensors), None, None, None
+        return vision_triton.rotate_joint_backward(d_query, d_key, d_value, *ctx.saved_tensors)[0], None, None, None

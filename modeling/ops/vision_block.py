@@ -37,6 +37,7 @@ from modeling.ops.vision_pointwise import (
     rotate_joint_,
     rotate_joint_backward,
     rotate_joint_padded,
+    widen_heads,
 )
 
 
@@ -117,18 +118,18 @@ class _NormAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_residual: Tensor, d_attended: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, bias, cos, sin, attended, lse = ctx.saved_tensors
-        h, *statistics = layer_norm(x, norm_weight, norm_bias, ctx.eps)
+        h, mean, scale = layer_norm(x, norm_weight, norm_bias, ctx.eps)
         joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, ctx.heads, -1))
         width = flash_attention_4_width(attended.shape[-1], x.device)
-        query, key = rotate_joint_padded(joint, cos, sin, width)
-        d_parts = flash_attention_4_backward(
-            d_attended.contiguous().view_as(attended), query, key, joint[:, 2], attended, lse, **ctx.options
-        )
-        del joint, query, key
-        d_joint, d_bias = rotate_joint_backward(*d_parts, cos, sin)
-        del d_parts
+        parts = rotate_joint_padded(joint, cos, sin, width)
+        d_attended, attended = widen_heads(d_attended.contiguous().view_as(attended), attended, width)
+        del joint
+        d_query, d_key, d_value = flash_attention_4_backward(d_attended, *parts, attended, lse, **ctx.options)
+        del parts, d_attended, attended
+        d_joint, d_bias = rotate_joint_backward(d_query, d_key, d_value, cos, sin)
+        del d_query, d_key, d_value
         d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None
-        d_x, sums = layer_norm_backward(d_joint @ weight, x, *statistics, norm_weight, d_residual.contiguous())
+        d_x, sums = layer_norm_backward(d_joint @ weight, x, mean, scale, norm_weight, d_residual.contiguous())
         d_norm_weight, d_norm_bias, _, _ = sums.to(x.dtype)
         return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias.to(x.dtype), None, None, None, None, None
 
@@ -164,9 +165,9 @@ class _NormRotatedQKV(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, cos, sin = ctx.saved_tensors
         d_joint, d_bias = rotate_joint_backward(d_query, d_key, d_value, cos, sin)
-        h, *statistics = layer_norm(x, norm_weight, norm_bias, ctx.eps)
+        h, mean, scale = layer_norm(x, norm_weight, norm_bias, ctx.eps)
         d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None
-        d_x, sums = layer_norm_backward(d_joint @ weight, x, *statistics, norm_weight, d_residual.contiguous())
+        d_x, sums = layer_norm_backward(d_joint @ weight, x, mean, scale, norm_weight, d_residual.contiguous())
         d_norm_weight, d_norm_bias, _, _ = sums.to(x.dtype)
         return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias.to(x.dtype), None, None, None, None
 
@@ -191,11 +192,11 @@ class _ProjectAndMLP(torch.autograd.Function):
     ) -> Tensor:
         branch = attended @ proj_weight.T
         # The last bias rides along: the last product then adds to the residual sum in place.
-        total, ahead, h, *statistics = add_layer_norm(residual, branch, proj_bias, bias2, norm_weight, norm_bias, eps)
+        total, ahead, h, mean, scale = add_layer_norm(residual, branch, proj_bias, bias2, norm_weight, norm_bias, eps)
         del branch
         act = linear_gelu(h, weight1, bias1)  # (P, I)
         ctx.save_for_backward(
-            attended, total, *statistics, proj_weight, norm_weight, norm_bias, weight1, bias1, weight2
+            attended, total, mean, scale, proj_weight, norm_weight, norm_bias, weight1, bias1, weight2
         )
         ctx.eps = eps
         return ahead.addmm_(act, weight2.T)
@@ -203,7 +204,7 @@ class _ProjectAndMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        attended, total, *statistics, proj_weight, norm_weight, norm_bias, weight1, bias1, weight2 = ctx.saved_tensors
+        attended, total, mean, scale, proj_weight, norm_weight, norm_bias, weight1, bias1, weight2 = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_out = d_out.contiguous()
         h = layer_norm(total, norm_weight, norm_bias, ctx.eps)[0]
@@ -212,7 +213,7 @@ class _ProjectAndMLP(torch.autograd.Function):
         d_weight2 = d_out.T @ act if needs[8] else None
         del act
         d_weight1 = d_pre.T @ h if needs[6] else None
-        d_total, sums = layer_norm_backward(d_pre @ weight1, total, *statistics, norm_weight, d_out)
+        d_total, sums = layer_norm_backward(d_pre @ weight1, total, mean, scale, norm_weight, d_out)
         d_norm_weight, d_norm_bias, d_bias2, d_proj_bias = sums.to(d_out.dtype)
         d_proj_weight = d_total.T @ attended if needs[2] else None
         return (

@@ -101,11 +101,9 @@ def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
 
 def rotate_joint_padded(
     joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The turned queries and keys of a joint projection (P, 3, N, D) as (P, N, width), zeros behind each head.
-
-    Where the width is D they are views of joint, which is then turned in place.
-    """
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value (P, N, width) of a joint projection (P, 3, N, D), the first two turned, zeros behind each
+    head. Where the width is D they are views of joint, which is then turned in place."""
     if use_triton(joint):
         from modeling.ops import vision_triton
 
@@ -116,13 +114,25 @@ def rotate_joint_padded(
 def rotate_joint_backward(
     d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The adjoint of the rotation, and its sum over patches: d_query and d_key (P, N, D or wider, what is behind D left
-    out), d_value (P, N, D) -> (P, 3 N D), (3 N D,) fp32."""
+    """The adjoint of the rotation, and its sum over patches: three (P, N, D or wider, what is behind D left out), cos
+    and sin (P, D) -> (P, 3 N D), (3 N D,) fp32."""
     if use_triton(d_query):
         from modeling.ops import vision_triton
 
         return vision_triton.rotate_joint_backward(d_query, d_key, d_value, cos, sin)
     return rotate_joint_backward_reference(d_query, d_key, d_value, cos, sin)
+
+
+def widen_heads(one: torch.Tensor, other: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two (P, N, D) with zeros behind each head: (P, N, width). Themselves where the width is D."""
+    if width == one.shape[-1]:
+        return one, other
+    if use_triton(one):
+        from modeling.ops import vision_triton
+
+        return vision_triton.widen_heads(one, other, width)
+    behind = (0, width - one.shape[-1])
+    return F.pad(one, behind), F.pad(other, behind)
 
 
 def layer_norm_reference(
@@ -185,16 +195,16 @@ def rotate_joint_reference_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.T
 
 def rotate_joint_padded_reference(
     joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, _ = rotate_joint_reference_(joint, cos, sin).unbind(1)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     behind = (0, width - joint.shape[-1])
-    return F.pad(query, behind), F.pad(key, behind)
+    query, key, value = (F.pad(part, behind) for part in rotate_joint_reference_(joint, cos, sin).unbind(1))
+    return query, key, value
 
 
 def rotate_joint_backward_reference(
     d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin, dim = cos.float(), sin.float(), d_value.shape[-1]
+    cos, sin, dim = cos.float(), sin.float(), cos.shape[-1]
     turned_back = [rotate_reference(d[..., :dim].float(), cos, -sin) for d in (d_query, d_key)]
-    joint = torch.stack([*turned_back, d_value.float()], dim=1).flatten(1)
+    joint = torch.stack([*turned_back, d_value[..., :dim].float()], dim=1).flatten(1)
     return joint.to(d_query.dtype), joint.sum(0)

@@ -66,7 +66,7 @@ def layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vision_pointwise.layer_norm`; x contiguous."""
     h = torch.empty_like(x)
-    return h, *_launch_norm(x, x, weight, weight, weight, bias, x, x, h, eps, add=False)
+    return h, *_launch_norm(x, (x, weight, weight, weight, bias, x, x, h), eps, add=False)
 
 
 def add_layer_norm(
@@ -80,18 +80,19 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vision_pointwise.add_layer_norm`; x and branch contiguous."""
     total, ahead, h = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    statistics = _launch_norm(x, branch, branch_bias, tail, weight, bias, total, ahead, h, eps, add=True)
-    return total, ahead, h, *statistics
+    tensors = (branch, branch_bias, tail, weight, bias, total, ahead, h)
+    return total, ahead, h, *_launch_norm(x, tensors, eps, add=True)
 
 
-def _launch_norm(x: torch.Tensor, *tensors: torch.Tensor | float, add: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    *tensors, eps = tensors
+def _launch_norm(
+    x: torch.Tensor, others: tuple[torch.Tensor, ...], eps: float, add: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, H = x.shape
     mean, inverse_deviation = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     block = triton.next_power_of_2(H)
     tile = max(_TILE // block, 1)
     _add_layer_norm_kernel[(triton.cdiv(rows, tile),)](
-        x, *tensors, mean, inverse_deviation, rows, H, eps, ADD=add, ROWS=tile, BLOCK_H=block, num_warps=8
+        x, *others, mean, inverse_deviation, rows, H, eps, ADD=add, ROWS=tile, BLOCK_H=block, num_warps=8
     )
     return mean, inverse_deviation
 
@@ -218,8 +219,8 @@ def _turn_joint_kernel(
     STEP: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Forward: queries and keys of joint (P, 3, N, D) turned, to query and key; backward: query, key, value (P, N, WIDE
-    or D) turned back into joint. Forward writes zeros behind a head of D where WIDE, the heads' distance, leaves room.
+    """Forward: joint (P, 3, N, D) to query, key and value (P, N, WIDE), the first two turned, zeros behind a head;
+    where WIDE is D, within joint. Backward: the three turned back into joint.
 
     A lane owns a pair (d, d + D / 2), so that nobody else reads what it writes, and joint may be query and key as well.
     All sizes are constants: the compiler then knows how many neighbours one load may fetch.
@@ -233,7 +234,6 @@ def _turn_joint_kernel(
     angle = pair % HALF
     inside = pair < N * HALF
     narrow = head * D + angle
-    wide = head * WIDE + angle
     own = query
     if part == 1:
         own = key
@@ -245,9 +245,7 @@ def _turn_joint_kernel(
         row = (chunk * ROWS + step * STEP + tl.arange(0, STEP)).to(tl.int64)[:, None]
         mask = (row < P) & inside
         in_joint = joint + row * (3 * N * D) + part * (N * D) + narrow
-        at = row * (N * WIDE) + wide
-        if part == 2:  # the value's gradient is as wide as a head, and nothing turns it
-            at = row * (N * D) + narrow
+        at = row * (N * WIDE) + head * WIDE + angle
         if BACK:
             read = own + at
             target = in_joint
@@ -286,10 +284,12 @@ def _turn(
     cos: torch.Tensor,
     sin: torch.Tensor,
     wide: int,
+    which: int,
     partial: torch.Tensor | None,
 ) -> None:
+    """The kernel for the first `which` parts; backward where partial sums are wanted."""
     patches, _, heads, dim = joint.shape
-    grid = (triton.cdiv(heads * dim // 2, _PAIRS), triton.cdiv(patches, _ROWS), 2 if partial is None else 3)
+    grid = (triton.cdiv(heads * dim // 2, _PAIRS), triton.cdiv(patches, _ROWS), which)
     _turn_joint_kernel[grid](
         joint,
         *parts,
@@ -309,21 +309,27 @@ def _turn(
 
 def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """See `vision_pointwise.rotate_joint_`; joint, cos and sin contiguous."""
-    _turn(joint, (joint, joint, joint), cos, sin, joint.shape[-1], None)
+    _turn(joint, (joint, joint, joint), cos, sin, joint.shape[-1], 2, None)
     return joint
 
 
 def rotate_joint_padded(
     joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vision_pointwise.rotate_joint_padded`; joint, cos and sin contiguous."""
     patches, _, heads, dim = joint.shape
     if width == dim:
-        query, key, _ = rotate_joint_(joint, cos, sin).unbind(1)
-        return query, key
-    query, key = (joint.new_empty(patches, heads, width) for _ in range(2))
-    _turn(joint, (query, key, key), cos, sin, width, None)
-    return query, key
+        query, key, value = rotate_joint_(joint, cos, sin).unbind(1)
+    else:
+        query, key, value = (_wide(joint, patches, heads, width) for _ in range(3))
+        _turn(joint, (query, key, value), cos, sin, width, 3, None)
+    return query, key, value
+
+
+def _wide(like: torch.Tensor, patches: int, heads: int, width: int) -> torch.Tensor:
+    """Room for padded heads. The kernels write the zeros themselves, as long as there are fewer than values."""
+    make = like.new_empty if width <= 2 * like.shape[-1] else like.new_zeros
+    return make(patches, heads, width)
 
 
 def rotate_joint_backward(
@@ -331,8 +337,33 @@ def rotate_joint_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `vision_pointwise.rotate_joint_backward`; cos and sin contiguous."""
     d_query, d_key, d_value = (part.contiguous() for part in (d_query, d_key, d_value))
-    patches, heads, dim = d_value.shape
+    (patches, heads, width), dim = d_value.shape, cos.shape[-1]
     joint = d_query.new_empty(patches, 3, heads, dim)
     partial = torch.empty(triton.cdiv(patches, _ROWS), 3 * heads * dim, dtype=torch.float32, device=joint.device)
-    _turn(joint, (d_query, d_key, d_value), cos, sin, d_query.shape[-1], partial)
+    _turn(joint, (d_query, d_key, d_value), cos, sin, width, 3, partial)
     return joint.flatten(1), partial.sum(0)
+
+
+@triton.jit
+def _widen_kernel(one, other, wide_one, wide_other, rows, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    source = one
+    target = wide_one
+    if tl.program_id(1) == 1:
+        source = other
+        target = wide_other
+    for begin in range(0, WIDE, 32):
+        column = begin + tl.arange(0, 32)[None, :]
+        value = tl.load(source + row * D + column, mask=(row < rows) & (column < D), other=0.0)
+        tl.store(target + row * WIDE + column, value, mask=(row < rows) & (column < WIDE))
+
+
+def widen_heads(one: torch.Tensor, other: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `vision_pointwise.widen_heads`; both contiguous."""
+    patches, heads, dim = one.shape
+    wide_one, wide_other = (one.new_empty(patches, heads, width) for _ in range(2))
+    rows = patches * heads
+    _widen_kernel[(triton.cdiv(rows, _STEP * 4), 2)](
+        one, other, wide_one, wide_other, rows, D=dim, WIDE=width, ROWS=_STEP * 4
+    )
+    return wide_one, wide_other

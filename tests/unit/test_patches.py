@@ -14,6 +14,7 @@ PATCHES = {
     "vit-sp-cu-seqlens",
     "vit-max-seqlen",
     "npu-cu-seqlens",
+    "vit-fused-block",
     "lm-flash-kwargs",
     "vit-lm-fill-back",
     "deepstack-sp",

@@ -66,20 +66,18 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn 4's place taken by the definition. It wants query and key wider than a head, and what it gives back
-    there is not zero."""
+    """flash-attn 4's place taken by the definition. It wants heads of 16 padded to 32, and what it gives back there is
+    not zero."""
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> tuple:
         return attention.VARLEN_BACKENDS["eager"](query, key, value, **options), query.new_zeros(1)
 
-    def backward(d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest, **options):
-        dim = value.shape[-1]
-        assert query.shape[-1] % 32 == 0
-        assert not query[..., dim:].any() and not key[..., dim:].any()
-        query, key = query[..., :dim], key[..., :dim]
-        d_query, d_key, d_value = attention.segments_backward(d_out, query, key, value, rest[0], **options)
-        wide = (0, -dim % 32)
-        return F.pad(d_query, wide, value=7.0), F.pad(d_key, wide, value=7.0), d_value
+    def backward(*tensors: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+        *wide, _ = tensors
+        assert {x.shape[-1] for x in wide} == {32}
+        assert not any(x[..., 16:].any() for x in wide)
+        gradients = attention.segments_backward(*(x[..., :16] for x in wide), **options)
+        return tuple(F.pad(d, (0, 16), value=7.0) for d in gradients)
 
     monkeypatch.setattr(vision_block, "flash_attention_4_with_lse", forward)
     monkeypatch.setattr(vision_block, "flash_attention_4_backward", backward)
@@ -144,7 +142,7 @@ def test_negative_control(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keeps_a_fifth(fused: None, flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 P x H values and statistics of a row or a head, where the modules keep 15."""
-    block = make_block(hidden=96, heads=4, intermediate=360)
+    block = make_block(hidden=64, heads=4, intermediate=240)
     given = inputs(block)
 
     def kept() -> float:
@@ -249,9 +247,12 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float) -> None:
         for width in (D, D + 24):
             wanted = vision_pointwise.rotate_joint_padded_reference(joint.clone().float(), *tables, width)
             close(vision_pointwise.rotate_joint_padded(joint.clone(), *tables, width), wanted)
-            gradients = [draw(P, N, width), draw(P, N, width), draw(P, N, D)]
+            gradients = [draw(P, N, width) for _ in range(3)]
             wanted = vision_pointwise.rotate_joint_backward_reference(*(g.float() for g in gradients), *tables)
             close(vision_pointwise.rotate_joint_backward(*gradients, *tables), wanted)
+            wanted = [F.pad(g[..., :D], (0, width - D)) for g in gradients[:2]]
+            narrow = [g[..., :D].contiguous() for g in gradients[:2]]
+            close(vision_pointwise.widen_heads(*narrow, width), wanted)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the kernels run on the GPU itself")
