@@ -59,7 +59,7 @@ def linear_cross_entropy(
     if num_valid is not None and num_valid < labels.numel():
         # A stable sort keeps the order of the rows; unlike nonzero it has a size that the host knows beforehand.
         rows = torch.argsort((~valid).to(torch.uint8), stable=True)[:num_valid]
-        hidden, labels = hidden[rows], labels[rows]
+        hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     loss = _LinearCrossEntropy.apply(hidden, weight, labels, scale, ignore_index, chunk_size)
     return loss
 

@@ -14,6 +14,7 @@ _TILE = 4096  # elements of rows that a program of a norm holds at a time
 _PARTIALS = 264  # programs of the norm's adjoint, each with a partial sum: two for each multiprocessor of a Hopper
 _ROWS, _COLUMNS = 64, 128  # patches and columns of a program that sums over patches
 _STEP = 16  # patches at a time
+_GELU_STEP = 32
 _PAIRS = 64  # rotated pairs side by side
 _TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
@@ -196,7 +197,7 @@ def gelu_backward_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
     chunks = triton.cdiv(patches, _ROWS)
     partial = torch.empty(chunks, width, dtype=torch.float32, device=pre.device)
     _gelu_backward_kernel[(triton.cdiv(width, _COLUMNS), chunks)](
-        pre, d_act, partial, patches, width, ROWS=_ROWS, STEP=_STEP, COLUMNS=_COLUMNS
+        pre, d_act, partial, patches, width, ROWS=_ROWS, STEP=_GELU_STEP, COLUMNS=_COLUMNS
     )
     return partial.sum(0)
 
