@@ -91,7 +91,8 @@ def main() -> None:
     def visual() -> Any:
         return model.model.visual(pixels, grid_thw=batch["image_grid_thw"], vit_metadata=vision)
 
-    write_json(args.result, measure(model, batch, visual, args.repeats) | {"versions": versions()})
+    found = measure(model, batch, visual, args.repeats)
+    write_json(args.result, found | measure(model, batch, visual, 1, kernels=True) | {"versions": versions()})
 
 
 if __name__ == "__main__":
