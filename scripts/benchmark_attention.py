@@ -47,6 +47,7 @@ from scripts.benchmarking import (
     write_json,
 )
 
+WRONG = 5e-2  # of a result's norm; bf16 rounding gives a few thousandths
 WITHIN = 1.03
 """How far the project's choice may lie behind the fastest kernel called directly."""
 
@@ -263,9 +264,15 @@ def measure(problem: Problem, rounds: int, errors: bool) -> dict[str, dict[str, 
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The project's choice against the fastest direct call, forward, and forward and backward."""
+    """The project's choice against the fastest direct call, forward, and forward and backward.
+
+    A call whose output or gradients are wrong is no peer: the comparison names it, and leaves it out.
+    """
     chosen = next(row for name, row in rows.items() if name.startswith("ours: chosen"))
     direct = {name: row for name, row in rows.items() if not name.startswith("ours") and "both_ms" in row}
+    wrong = {name for name, row in direct.items() if max(row.get("errors", [0.0])) > WRONG}
+    for name in sorted(wrong):
+        print(f"{name}: wrong, errors {direct.pop(name)['errors']} of output, dq, dk, dv against fp32")
     verdict: dict[str, Any] = {}
     for key in ("forward_ms", "both_ms"):
         if key not in chosen or not direct:

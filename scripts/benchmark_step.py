@@ -307,7 +307,7 @@ def main() -> None:
     description = describe()
     print_description(description)
     samples = features(args.samples, 151655)
-    runs: dict[str, Callable[[], dict[str, Any]]] = {}
+    runs: dict[str, Callable[..., dict[str, Any]]] = {}
     for recompute in args.vision_recompute:
         for compiled in {"no": [False], "yes": [True], "both": [True, False]}[args.compile]:
             name = "this project" + (", compiled" if compiled else "")
