@@ -65,7 +65,10 @@ class Progress:
 
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once."""
+    """A list that is no longer empty once SIGTERM or Ctrl-C has come. A second Ctrl-C interrupts at once.
+
+    A signal that the process was started to ignore (Ctrl-C, in a shell's background) stays ignored.
+    """
     received: list[int] = []
     former: dict[int, Any] = {}
 
@@ -75,7 +78,8 @@ def stop_signal() -> Iterator[list[int]]:
             signal.signal(number, former[number])
 
     for stop in (signal.SIGTERM, signal.SIGINT):
-        former[stop] = signal.signal(stop, remember)
+        if signal.getsignal(stop) is not signal.SIG_IGN:
+            former[stop] = signal.signal(stop, remember)
     try:
         yield received
     finally:

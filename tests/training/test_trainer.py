@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,31 @@ def test_a_stop_saves_and_the_resumed_curve_is_bitwise(
     assert read_lines(out / "router.jsonl") == read_lines(undisturbed / "router.jsonl")
 
 
-def test_a_second_interrupt_is_not_waited_with():
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[Any], None]]:
+    """Sets Ctrl-C's handler as a process finds it at its start; this one may have been started to ignore it."""
+    former = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, former)
+
+
+def test_a_second_interrupt_is_not_waited_with(interrupt: Callable[[Any], None]):
+    interrupt(signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), stop_signal() as received:
         signal.raise_signal(signal.SIGINT)
         assert received == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_interrupt_stays_ignored(interrupt: Callable[[Any], None]):
+    interrupt(signal.SIG_IGN)
+    with stop_signal() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert not received
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_sigkill_falls_back_to_the_newest_checkpoint(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
