@@ -138,6 +138,7 @@ def widen_heads(one: torch.Tensor, other: torch.Tensor, width: int) -> tuple[tor
 def layer_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`layer_norm` in torch's own operations."""
     centred = x.float()
     mean = centred.mean(-1)
     centred = centred - mean[:, None]
@@ -155,6 +156,7 @@ def add_layer_norm_reference(
     bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`add_layer_norm` in torch's own operations."""
     total = (x.float() + (branch.float() + branch_bias.float())).to(x.dtype)
     ahead = (total.float() + tail.float()).to(x.dtype)
     return total, ahead, *layer_norm_reference(total, weight, bias, eps)
@@ -168,6 +170,7 @@ def layer_norm_backward_reference(
     weight: torch.Tensor,
     d_total: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm_backward` in torch's own operations."""
     normalised = (total.float() - mean[:, None]) * inverse_deviation[:, None]
     grad = d_h.float() * weight.float()
     along = (grad * normalised).mean(-1, keepdim=True)
@@ -177,6 +180,7 @@ def layer_norm_backward_reference(
 
 
 def gelu_backward_reference_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
+    """`gelu_backward_` in torch's own operations."""
     x = pre.float()
     # 0.5 * (1 + tanh(u)) = sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
     twice = 2 * math.sqrt(2 / math.pi)
@@ -188,6 +192,7 @@ def gelu_backward_reference_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Te
 
 
 def rotate_joint_reference_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate_joint_` in torch's own operations."""
     turned = rotate_reference(joint[:, :2].float(), cos.float()[:, None], sin.float()[:, None])
     joint[:, :2] = turned.to(joint.dtype)
     return joint
@@ -196,6 +201,7 @@ def rotate_joint_reference_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.T
 def rotate_joint_padded_reference(
     joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rotate_joint_padded` in torch's own operations."""
     behind = (0, width - joint.shape[-1])
     query, key, value = (F.pad(part, behind) for part in rotate_joint_reference_(joint, cos, sin).unbind(1))
     return query, key, value
@@ -204,6 +210,7 @@ def rotate_joint_padded_reference(
 def rotate_joint_backward_reference(
     d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate_joint_backward` in torch's own operations."""
     cos, sin, dim = cos.float(), sin.float(), cos.shape[-1]
     turned_back = [rotate_reference(d[..., :dim].float(), cos, -sin) for d in (d_query, d_key)]
     joint = torch.stack([*turned_back, d_value[..., :dim].float()], dim=1).flatten(1)
