@@ -4,12 +4,16 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 from modeling.distributed.parallel_state import set_parallel_state
+from modeling.training.metrics import MetricsWriter
 from modeling.training.options import TrainOptions
 from modeling.training.plots import read_lines
 from scripts.train import main, train
@@ -77,11 +81,29 @@ def terminate_after(out: Path, steps: int, number: int = signal.SIGTERM) -> thre
     return thread
 
 
-def stopped_on_one_rank(options: TrainOptions, steps: int) -> int:
-    """On a rank of a pool: SIGTERM reaches rank 1 alone; all ranks must stop at the same step."""
-    if dist.get_rank() == 1:
-        terminate_after(Path(options.out), steps)
-    return run_rank(options)
+@contextmanager
+def at_step(step: int, act: Callable[[], Any]) -> Iterator[None]:
+    """Runs of this process call `act` when this step is logged, before anything else; on every rank, writer or not."""
+    log = MetricsWriter.step
+
+    def log_and_act(writer: MetricsWriter, values: dict[str, Any], **rest: Any) -> None:
+        log(writer, values, **rest)
+        if values["step"] == step:
+            act()
+
+    with mock.patch.object(MetricsWriter, "step", log_and_act):
+        yield
+
+
+def stopped_on_one_rank(options: TrainOptions, step: int) -> int:
+    """On a rank of a pool: SIGTERM reaches rank 1 alone when it logs `step`; all ranks must stop behind that step."""
+
+    def stop() -> None:
+        if dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with at_step(step, stop):
+        return run_rank(options)
 
 
 def read_json(path: Path) -> Any:

@@ -20,6 +20,10 @@ OTHERS = {
 }
 
 
+def checkpoints_of(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
 @pytest.fixture(scope="module")
 def undisturbed(pools: Any, tiny_hub: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks") / "undisturbed"
@@ -29,11 +33,12 @@ def undisturbed(pools: Any, tiny_hub: Path, chats: Path, tmp_path_factory: pytes
 
 @pytest.fixture(scope="module")
 def stopped(pools: Any, tiny_hub: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped behind its second step or soon after."""
+    """A run that was stopped behind its second step."""
     out = tmp_path_factory.mktemp("ranks") / "stopped"
     options = options_of(tiny_hub, chats, out, max_steps=STEPS, **MESH)
     assert pools(4).run(stopped_on_one_rank, options, 2) == [0] * 4
-    assert 2 <= len(curve(out)) < STEPS
+    assert [line["step"] for line in curve(out)] == [1, 2]
+    assert checkpoints_of(out) == ["step-00000002"]
     return out
 
 

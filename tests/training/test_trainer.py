@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from modeling.training.options import TrainOptions
 from modeling.training.plots import read_lines
 from modeling.training.trainer import NonFiniteLoss, StepPlan, Trainer, stop_signal
 from scripts import train as script
-from tests.training.runs import arguments_of, curve, options_of, read_json, run
+from tests.training.runs import arguments_of, at_step, curve, options_of, read_json, run
 
 STEPS = 7
 
@@ -114,15 +115,7 @@ def test_a_stop_saves_and_the_resumed_curve_is_bitwise(
     options = options_of(tiny_hub, chats, out, max_steps=STEPS, prefetch=2)
     after = random.SystemRandom().randint(1, STEPS - 3)
     print(f"stopped after step {after}")
-    log = MetricsWriter.step
-
-    def log_and_stop(writer: MetricsWriter, values: dict[str, Any], **rest: Any) -> None:
-        log(writer, values, **rest)
-        if values["step"] == after:
-            signal.raise_signal(number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsWriter, "step", log_and_stop)
+    with monkeypatch.context() as patch, at_step(after, partial(signal.raise_signal, number)):
         patch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # this process may ignore Ctrl-C
         assert run(options) == 0
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{after:08d}"]
