@@ -1,9 +1,7 @@
 """Runs of the trainer as tests use them: small, quiet, on the CPU; what they logged; ranks of a pool that run one."""
 
 import json
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,22 +61,6 @@ def run_rank(options: TrainOptions) -> int:
 def curve(out: Path | str) -> list[dict[str, Any]]:
     """A run's metrics without what the clock decides."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_lines(Path(out) / "metrics.jsonl")]
-
-
-def terminate_after(out: Path, steps: int, number: int = signal.SIGTERM) -> threading.Thread:
-    """Send this process a signal once the run in `out` has logged this many steps."""
-    done = threading.Event()
-
-    def watch() -> None:
-        path = out / "metrics.jsonl"
-        while not done.wait(0.01):
-            if path.exists() and path.read_text().count("\n") >= steps:
-                os.kill(os.getpid(), number)
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """The trainer on four ranks: data, sequence and expert parallel at once; stops that any mesh can go on from."""
 
-import random
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 
 from modeling.training.options import TrainOptions
-from tests.training.runs import curve, options_of, read_json, run_rank, stopped_on_one_rank, terminate_after
+from tests.training.runs import at_step, curve, options_of, read_json, run_rank, stopped_on_one_rank
 
 STEPS = 6
 MESH = {"dp_shard": 2, "sp": 2, "ep": 2}
@@ -51,21 +54,44 @@ def test_same_mesh_goes_on_bitwise(
     assert curve(out) == curve(undisturbed)
 
 
-def killed_on_all_ranks(options: TrainOptions, steps: int) -> int:
-    terminate_after(Path(options.out), steps, signal.SIGKILL)
-    return run_rank(options)
+def killed_in_mid_write(options: TrainOptions, step: int) -> int:
+    """On every rank of a pool: SIGKILL when `step` is logged and the step before has its checkpoint half written.
+
+    Half: the parts of all ranks are there, the metadata are not. The ranks meet through a file before they die: one
+    that waited in a collective could see another die first, and fail where it should be killed.
+    """
+    world = dist.get_world_size()
+    meeting = dist.FileStore(f"{options.out}.killed-at-{step}", world)
+    finish = FileSystemWriter.finish
+
+    def hold(writer: FileSystemWriter, **content: Any) -> None:
+        if Path(writer.path).name == f"step-{step - 1:08d}.partial":
+            meeting.set("parts written", "")
+            threading.Event().wait()
+        finish(writer, **content)
+
+    def die() -> None:
+        if meeting.add("ranks", 1) == world:
+            meeting.set("all here", "")
+        meeting.wait(["all here", "parts written"])
+        signal.raise_signal(signal.SIGKILL)
+
+    with mock.patch.object(FileSystemWriter, "finish", hold), at_step(step, die):
+        return run_rank(options)
 
 
 def test_killed_ranks_fall_back_to_the_newest_checkpoint(
     pools: Any, undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path
 ):
-    """All ranks at once, behind any step, with a checkpoint at every second, written meanwhile."""
+    """All at once, each time while a checkpoint is written: first with no other to go on from, then with three."""
     out = tmp_path / "run"
-    after = random.SystemRandom().randint(1, STEPS - 2)
-    print(f"killed after step {after}")
-    options = options_of(tiny_hub, chats, out, max_steps=STEPS, save_every=2, **MESH)
-    assert {outcome.kind for outcome in pools(4).outcomes(killed_on_all_ranks, options, after)} == {"EOFError"}
-    assert after <= len(curve(out)) < STEPS
+    options = options_of(tiny_hub, chats, out, max_steps=STEPS, save_every=1, keep=STEPS, **MESH)
+    for step in (2, 5):
+        outcomes = pools(4).outcomes(killed_in_mid_write, options, step)
+        assert [getattr(outcome, "kind", outcome) for outcome in outcomes] == ["EOFError"] * 4
+        assert [line["step"] for line in curve(out)] == list(range(1, step + 1))
+        whole = [f"step-{done:08d}" for done in range(1, step - 1)]
+        assert checkpoints_of(out) == [*whole, f"step-{step - 1:08d}.partial"]
     assert pools(4).run(run_rank, options) == [0] * 4
     assert curve(out) == curve(undisturbed)
 
