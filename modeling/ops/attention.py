@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from modeling.distributed.sequence_parallel import gather_heads_scatter_seq, gather_seq_scatter_heads, group_size
-from modeling.ops import attention_operator
+from modeling.ops import attention_operator, flash_attention_4
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -227,11 +227,12 @@ def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor, **options: Any
 
 
 class _FlashAttention4(torch.autograd.Function):
-    """The package's two kernels, its own autograd function left out: see `flash_attention_4_backward`."""
+    """The package's kernels, its own autograd function left out: see `flash_attention_4`."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        out, lse = flash_attention_4_with_lse(query, key, value, **options)
+        query, key, value = query.detach(), key.detach(), value.detach()
+        out, lse = flash_attention_4.forward(query, key, value, **options)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.options = options
         return out
@@ -239,75 +240,7 @@ class _FlashAttention4(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *flash_attention_4_backward(d_out.contiguous(), *ctx.saved_tensors, **ctx.options), None
-
-
-def flash_attention_4_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """flash-attn 4 without autograd: the output (T, N, D) and the log-sum-exp of the scores (N, T) float32."""
-    from flash_attn.cute import flash_attn_varlen_func
-
-    out, lse = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=scale,
-        causal=causal,
-        return_lse=True,
-    )
-    return out, lse
-
-
-def flash_attention_4_backward(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of `flash_attention_4_with_lse` in query, key and value. The package has no public name for it.
-
-    On Hopper heads that are no multiple of 32 wide (72, say, the vision tower's) get zeros behind them, unless the
-    caller's have. The kernel adds up the query's gradient in rows of the next multiple of 16 and reads them back as
-    rows of the next multiple of 32 (flash-attention's pull request 2896): without zeros it is wrong, without a word.
-    """
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    head_dim, width = query.shape[-1], flash_attention_4_width(query.shape[-1], query.device)
-    if width != head_dim:
-        d_out, query, key, value, out = (F.pad(x, (0, width - head_dim)) for x in (d_out, query, key, value, out))
-    d_query, d_key, d_value = _flash_attn_bwd(
-        query,
-        key,
-        value,
-        out,
-        d_out,
-        lse,
-        scale,
-        causal,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-    )
-    return d_query[..., :head_dim], d_key[..., :head_dim], d_value[..., :head_dim]
-
-
-def flash_attention_4_width(head_dim: int, device: torch.device) -> int:
-    """How wide heads must be for the backward of flash-attn 4."""
-    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return -(-head_dim // 32) * 32 if is_hopper else head_dim
+        return *flash_attention_4.backward(d_out.contiguous(), *ctx.saved_tensors, **ctx.options), None
 
 
 def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:

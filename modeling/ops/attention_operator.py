@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.ops import attention
+from modeling.ops import attention, flash_attention_4
 
 OPAQUE = ("flash_attention_4", "sdpa", "eager")
 
@@ -42,7 +42,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
     if backend == "flash_attention_4":
-        return attention.flash_attention_4_with_lse(query, key, value, **options)
+        return flash_attention_4.forward(query, key, value, **options)
     out = attention.VARLEN_BACKENDS[backend](query, key, value, **options)
     return out.contiguous(), query.new_empty(0, dtype=torch.float32)
 
@@ -79,7 +79,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
     if backend == "flash_attention_4":
-        return attention.flash_attention_4_backward(d_out, query, key, value, out, lse, **options)
+        return flash_attention_4.backward(d_out, query, key, value, out, lse, **options)
     return attention.segments_backward(d_out, query, key, value, out, **options)
 
 

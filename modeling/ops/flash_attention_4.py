@@ -1,0 +1,329 @@
+"""flash-attn 4's kernels on packed rows, forward and backward, without autograd.
+
+Launched directly. Between a caller and a kernel the package spends 100 microseconds of Python forward and 170 backward,
+as long as the kernels of a vision block take. So the first call of a kind goes through the package, which compiles;
+what it compiled is kept, and later calls of that kind pass their tensors to it. That needs the package's inner
+workings: it is done on Hopper and for the releases in `TESTED`. Others are called as usual.
+
+Backward on Hopper with heads that are no multiple of 32 wide (72, say, the vision tower's): the package's main kernel
+adds up the query's gradient in rows of the next multiple of 16, but clears and reads them as rows of the next multiple
+of 32 (flash-attention's pull request 2896), and the gradient is wrong, without a word. Launched directly, all three
+kernels are given the same width; otherwise heads get zeros behind them.
+
+Letters: T packed rows, N heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TESTED = ("4.0.0b36",)
+_NARROW = 64
+"""Heads narrower than this go through the package's own backward: its kernels do not compile for all their widths."""
+_LONG = 512
+"""The package compiles other kernels for segments that fit into one block; no block has so many rows."""
+_MANY = 256
+"""With more segments than this the package's kernels take a table of where each begins."""
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention inside each segment: the output (T, N, D) and the log-sum-exp of the scores (N, T) float32.
+
+    Arguments as of `attention.varlen_attention`, bf16 or fp16 on Hopper or newer.
+    """
+    if not _launches_directly(query.device) or cu_seqlens.shape[0] - 1 > _MANY or query.numel() == 0:
+        return _forward_by_package(query, key, value, cu_seqlens, max_seqlen, causal, scale)[0]
+    kind = _kind(query, key, cu_seqlens, max_seqlen, causal)
+    kernel = _forward_kernels.get(kind)
+    if kernel is None:
+        found, kernel = _forward_by_package(query, key, value, cu_seqlens, max_seqlen, causal, scale)
+        _forward_kernels[kind] = kernel
+        return found
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    rows, heads, _ = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(heads, rows, dtype=torch.float32, device=query.device)
+    kernel(
+        query, key, value, out, lse, scale, cu_seqlens, cu_seqlens,
+        None, None, None, None, None, None, None, _nothing(), None, None,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `forward` in query, key and value, written to `into` where given: shaped like them, rows of whole
+    16 bytes."""
+    if into is None:
+        into = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
+    if not _launches_directly(query.device) or query.shape[-1] < _NARROW or query.numel() == 0:
+        for target, gradient in zip(into, _padded_backward(d_out, query, key, value, out, lse, **options), strict=True):
+            target.copy_(gradient)
+        return into
+    kind = _kind(query, key, cu_seqlens, max_seqlen, causal)
+    kernels = _backward_kernels.get(kind)
+    if kernels is None:
+        kernels = _backward_kernels[kind] = _compile_backward(d_out, query, key, value, out, lse, **options)
+    tensors = (_aligned(x) for x in (d_out, query, key, value))
+    _launch_backward(kernels, *tensors, out, lse, cu_seqlens, scale, into)
+    return into
+
+
+def padded_width(head_dim: int, device: torch.device) -> int:
+    """How wide heads must be for the package's own backward."""
+    return _multiple(head_dim, 32) if torch.cuda.get_device_capability(device)[0] == 9 else head_dim
+
+
+class _BackwardKernels(NamedTuple):
+    prepare: Callable  # rowsum(d_out * out), and zeros where the query's gradient is added up
+    main: Callable
+    finish_query: Callable  # sums of float32 to the gradient
+    finish_key: Callable | None  # the same for key and value, where query heads share them
+    block_rows: int
+    block_columns: int
+    width: int  # of a row of the sums
+
+
+_forward_kernels: dict[tuple, Callable] = {}
+_backward_kernels: dict[tuple, _BackwardKernels] = {}
+
+
+@cache
+def _launches_directly(device: torch.device) -> bool:
+    try:
+        return version("flash-attn-4") in TESTED and torch.cuda.get_device_capability(device)[0] == 9
+    except PackageNotFoundError:
+        return False
+
+
+@cache
+def _nothing() -> Any:
+    """The package's record of further tensors that a kernel reads: none."""
+    from flash_attn.cute.interface import AuxData
+
+    return AuxData(None, None)
+
+
+def _kind(query: Tensor, key: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> tuple:
+    """What decides which kernels the package compiles."""
+    many = cu_seqlens.shape[0] - 1 > _MANY
+    return query.device, query.dtype, query.shape[1:], key.shape[1], causal, min(max_seqlen, _LONG), many
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy whose rows begin at whole 16 bytes, as the kernels take for granted."""
+    row, head, element = x.stride()
+    return x if element == 1 and not (row % 8 or head % 8 or x.data_ptr() % 16) else x.contiguous()
+
+
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of
+
+
+class _Recorder:
+    """Takes the place of one of the package's caches for a while, and keeps the kernels that were asked for."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+        self.asked: list[Callable] = []
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.kernels
+
+    def __setitem__(self, key: Any, kernel: Callable) -> None:
+        self.kernels[key] = kernel
+
+    def __getitem__(self, key: Any) -> Callable:
+        self.asked.append(self.kernels[key])
+        return self.asked[-1]
+
+
+def _recorded(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Callable]:
+    """What function(...) returns, and the kernel it took from its cache."""
+    kernels = function.compile_cache
+    function.compile_cache = recorder = _Recorder(kernels)
+    try:
+        result = function(*args, **kwargs)
+    finally:
+        function.compile_cache = kernels
+    return result, recorder.asked[-1] if recorder.asked else _no_kernel
+
+
+def _no_kernel(*args: Any) -> None:
+    raise RuntimeError("the package launched no kernel for the first call of this kind")
+
+
+def _forward_by_package(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
+) -> tuple[tuple[Tensor, Tensor], Callable]:
+    """Output and log-sum-exp, and the kernel that the package chose."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    (out, lse, *_), kernel = _recorded(
+        _flash_attn_fwd,
+        query,
+        key,
+        value,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=causal,
+        return_lse=True,
+    )
+    return (out, lse), kernel
+
+
+def _padded_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The package's own backward, heads widened where it needs that."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    head_dim, width = query.shape[-1], padded_width(query.shape[-1], query.device)
+    if width != head_dim:
+        d_out, query, key, value, out = (F.pad(x, (0, width - head_dim)) for x in (d_out, query, key, value, out))
+    lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+    gradients = _flash_attn_bwd(
+        query, key, value, out, d_out, lse, scale, causal, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **lengths
+    )
+    d_query, d_key, d_value = (gradient[..., :head_dim] for gradient in gradients)
+    return d_query, d_key, d_value
+
+
+def _launch_backward(
+    kernels: _BackwardKernels,
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    (rows, heads, _), key_heads, segments = query.shape, key.shape[1], cu_seqlens.shape[0] - 1
+    # Each segment begins at a whole block of the sums.
+    sum_rows = _multiple(rows + segments * kernels.block_rows, kernels.block_rows)
+    like = {"dtype": torch.float32, "device": query.device}
+    sums = torch.empty(heads, sum_rows * kernels.width, **like)
+    products, log2_sums = torch.empty(heads, sum_rows, **like), torch.empty(heads, sum_rows, **like)
+    key_sums, value_sums = into[1:]
+    if kernels.finish_key is not None:
+        key_rows = _multiple(rows + segments * kernels.block_columns, kernels.block_columns)
+        key_sums, value_sums = (torch.zeros(key_heads, key_rows * kernels.width, **like) for _ in range(2))
+    query_blocks, key_blocks = _first_blocks(kernels, cu_seqlens)
+    kernels.prepare(
+        out, d_out, products, lse, log2_sums, sums, cu_seqlens, None, None, None, None, 1.0, query_blocks, None
+    )
+    kernels.main(
+        query, key, value, d_out, log2_sums, products, sums, key_sums, value_sums, scale, cu_seqlens, cu_seqlens,
+        None, None, None, None, None, None, None, _nothing(), None, key_blocks,
+    )  # fmt: skip
+    kernels.finish_query(sums, into[0], scale, cu_seqlens, None, None, query_blocks)
+    if kernels.finish_key is not None:
+        kernels.finish_key(key_sums, into[1], scale, cu_seqlens, None, None, key_blocks)
+        kernels.finish_key(value_sums, into[2], 1.0, cu_seqlens, None, None, key_blocks)
+
+
+def _first_blocks(kernels: _BackwardKernels, cu_seqlens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of many segments, where the blocks of each begin, counted in query rows and in key rows."""
+    if cu_seqlens.shape[0] - 1 <= _MANY:
+        return None, None
+    from flash_attn.cute.interface import _compute_tile_cumsum
+
+    query_blocks, _ = _compute_tile_cumsum(cu_seqlens=cu_seqlens, seqused=None, tile_size=kernels.block_rows)
+    key_blocks, _ = _compute_tile_cumsum(cu_seqlens=cu_seqlens, seqused=None, tile_size=kernels.block_columns)
+    return query_blocks, key_blocks
+
+
+def _compile_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float,
+) -> _BackwardKernels:
+    """The kernels for tensors of this kind; what they compute here is thrown away."""
+    from flash_attn.cute import interface
+
+    head_dim = query.shape[-1]
+    tiles = interface._tile_size_bwd_sm90(head_dim, head_dim, causal, False)
+    dtype = interface.torch2cute_dtype_map[query.dtype]
+    main_class = interface.FlashAttentionBackwardSm90
+    width = main_class(dtype, head_dim, head_dim, dKV_swapAB=tiles.dKV_swapAB).tile_hdim
+    multiple = next(of for of in (16, 32, 64) if _multiple(head_dim, of) == width)
+    _, main = _recorded(
+        interface._flash_attn_bwd, query, key, value, out, d_out, lse, scale, causal,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+    )  # fmt: skip
+    kernels = _BackwardKernels(_no_kernel, main, _no_kernel, None, tiles.m_block_size, tiles.n_block_size, width)
+    query_blocks, key_blocks = _first_blocks(kernels, cu_seqlens)
+    common: dict[str, Any] = {"hdim_multiple_of": multiple, "fake_mode": False}
+
+    def room(heads: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = _multiple(query.shape[0] + (cu_seqlens.shape[0] - 1) * block, block)
+        sums, products, lse = (
+            torch.zeros(heads, size, dtype=torch.float32, device=query.device) for size in (rows * width, rows, rows)
+        )
+        return sums, products, lse
+
+    def finish(heads: int, like: Tensor, block: int, threads: int, atoms: int, swap: bool, blocks: Any) -> Callable:
+        return _recorded(
+            interface._bwd_postprocess_convert, room(heads, block)[0], torch.empty_like(like), scale, cu_seqlens, None,
+            90, dtype, head_dim, block, threads, atoms, swap, cu_total_m_blocks=blocks, **common,
+        )[1]  # fmt: skip
+
+    sums, products, log2_sums = room(query.shape[1], tiles.m_block_size)
+    _, prepare = _recorded(
+        interface._bwd_preprocess, out, d_out.contiguous(), products, lse, log2_sums, sums, cu_seqlens, None, None,
+        dtype, head_dim, head_dim, tiles.m_block_size, cu_total_m_blocks=query_blocks, **common,
+    )  # fmt: skip
+    threads = tiles.num_wg * 128
+    of_query = (tiles.m_block_size, 128 if tiles.dQ_single_wg else threads, tiles.AtomLayoutMdQ, tiles.dQ_swapAB)
+    of_key = (tiles.n_block_size, threads, tiles.AtomLayoutNdKV, tiles.dKV_swapAB)
+    return kernels._replace(
+        prepare=prepare,
+        finish_query=finish(query.shape[1], query, *of_query, query_blocks),
+        finish_key=finish(key.shape[1], key, *of_key, key_blocks) if query.shape[1] != key.shape[1] else None,
+    )
