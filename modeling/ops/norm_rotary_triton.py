@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from modeling.ops.column_sums_triton import sum_rows
+from modeling.ops.triton_support import launch
+
 _TILE = 4096  # elements per program and step
 _FLAT = 1024  # elements per program of a rotation, whose lanes read consecutive addresses whatever the head's size
 _PARTIALS = 512  # partial sums of a weight gradient; a few programs for each multiprocessor
@@ -62,7 +65,8 @@ def rms_norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple
     rows = x.numel() // H
     y, inverse_rms = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     tile, block = _rows_per_program(H)
-    _rms_norm_kernel[(triton.cdiv(rows, tile),)](x, weight, y, inverse_rms, rows, H, eps, ROWS=tile, BLOCK_H=block)
+    grid = (triton.cdiv(rows, tile),)
+    launch(_rms_norm_kernel, grid, (x, weight, y, inverse_rms), (rows, H, eps), (tile, block))
     return y, inverse_rms
 
 
@@ -77,10 +81,9 @@ def rms_norm_backward(
     steps = triton.cdiv(triton.cdiv(rows, tile), _PARTIALS)
     programs = triton.cdiv(rows, tile * steps)
     d_x, partial = torch.empty_like(x), x.new_empty(programs, H, dtype=torch.float32)
-    _rms_norm_backward_kernel[(programs,)](
-        d_y, x, weight, inverse_rms, d_x, partial, rows, H, steps, ROWS=tile, BLOCK_H=block
-    )
-    return d_x, partial.sum(0).to(weight.dtype)
+    tensors = (d_y, x, weight, inverse_rms, d_x, partial)
+    launch(_rms_norm_backward_kernel, (programs,), tensors, (rows, H, steps), (tile, block))
+    return d_x, sum_rows(partial, weight.dtype)
 
 
 @triton.jit
@@ -113,5 +116,5 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = F
     y = torch.empty_like(x)
     heads, dim = x.shape[-2:]
     grid = (triton.cdiv(x.numel(), _FLAT),)
-    _rotate_kernel[grid](x, *_tables(cos, sin), y, x.numel(), heads * dim, dim, BACK=back, BLOCK=_FLAT)
+    launch(_rotate_kernel, grid, (x, *_tables(cos, sin), y), (x.numel(), heads * dim, dim), (back, _FLAT))
     return y
