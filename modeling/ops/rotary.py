@@ -83,4 +83,6 @@ class _RotateQKV(torch.autograd.Function):
     ) -> tuple[torch.Tensor, None, None, None]:
         from modeling.ops import vision_triton
 
-        return vision_triton.rotate_joint_backward(d_query, d_key, d_value, *ctx.saved_tensors)[0], None, None, None
+        d_joint = torch.stack((d_query, d_key, d_value), dim=1)
+        vision_triton.rotate_joint_backward_(d_joint, *ctx.saved_tensors)
+        return d_joint.flatten(1), None, None, None

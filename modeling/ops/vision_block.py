@@ -1,9 +1,9 @@
 """A vision block as a few autograd functions, for speed and memory: what is cheap is computed twice.
 
 Between forward and backward they keep the block's input, attention's output and the sum of the two: 3 P x H values,
-where the modules, one by one, keep 15. Backward makes the norms, the query-key-value projection and the MLP's first
-product again. Biases, residual sums and the sums over patches ride in the kernels that move the data; the products are
-the framework's own.
+where the modules, one by one, keep 15. Backward makes the norms, the query-key-value projection (unless told to keep
+that, 3 more) and the MLP's first product again. Biases, residual sums and the sums over patches ride in the kernels
+that move the data; the products are the framework's own.
 
     residual, attended = norm_attention(x, ...)              h = LN(x);  q, k, v = h Wqkv + b, q and k turned; attention
     out = project_and_mlp(attended, residual, ...)           t = residual + attended Wp + b;  t + MLP(LN(t))
@@ -22,11 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modeling.ops.attention import (
-    flash_attention_4_backward,
-    flash_attention_4_width,
-    flash_attention_4_with_lse,
-)
+from modeling.ops import flash_attention_4
 from modeling.ops.triton_support import use_triton
 from modeling.ops.vision_pointwise import (
     add_layer_norm,
@@ -35,9 +31,7 @@ from modeling.ops.vision_pointwise import (
     layer_norm_backward,
     linear_gelu,
     rotate_joint_,
-    rotate_joint_backward,
-    rotate_joint_padded,
-    widen_heads,
+    rotate_joint_backward_,
 )
 
 
@@ -79,18 +73,18 @@ def project_and_mlp(
 
 
 def norm_attention(
-    x: Tensor, norm: nn.LayerNorm, qkv: nn.Linear, cos: Tensor, sin: Tensor, heads: int, **options: Any
+    x: Tensor, norm: nn.LayerNorm, qkv: nn.Linear, cos: Tensor, sin: Tensor, heads: int, keep: bool, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """x (P, H) -> x for the residual sum, and flash-attn 4's output (P, H); options as of `attention.varlen_attention`.
 
-    cos and sin (P, D).
+    cos and sin (P, D). keep: whether query, key and value stay for backward, rather than be made again.
     """
     weights = (norm.weight, norm.bias, qkv.weight, qkv.bias)
-    return _NormAttention.apply(x, *weights, cos, sin, heads, norm.eps, options)
+    return _NormAttention.apply(x, *weights, cos, sin, heads, norm.eps, keep, options)
 
 
 class _NormAttention(torch.autograd.Function):
-    """forward: `norm_attention`; backward: its adjoint, query, key and value made again from x."""
+    """forward: `norm_attention`; backward: its adjoint."""
 
     @staticmethod
     def forward(
@@ -104,34 +98,34 @@ class _NormAttention(torch.autograd.Function):
         sin: Tensor,
         heads: int,
         eps: float,
+        keep: bool,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         cos, sin = cos.contiguous(), sin.contiguous()
         h = layer_norm(x, norm_weight, norm_bias, eps)[0]
-        joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, heads, -1))
-        attended, lse = flash_attention_4_with_lse(*rotate_joint_(joint, cos, sin).unbind(1), **options)
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, cos, sin, attended, lse)
+        joint = rotate_joint_(torch.addmm(bias, h, weight.T).view(len(x), 3, heads, -1), cos, sin)
+        attended, lse = flash_attention_4.forward(*joint.unbind(1), **options)
+        kept = joint if keep else None
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, cos, sin, kept, attended, lse)
         ctx.heads, ctx.eps, ctx.options = heads, eps, options
         return x, attended.flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_residual: Tensor, d_attended: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight, bias, cos, sin, attended, lse = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, bias, cos, sin, joint, attended, lse = ctx.saved_tensors
         h, mean, scale = layer_norm(x, norm_weight, norm_bias, ctx.eps)
-        joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, ctx.heads, -1))
-        width = flash_attention_4_width(attended.shape[-1], x.device)
-        parts = rotate_joint_padded(joint, cos, sin, width)
-        d_attended, attended = widen_heads(d_attended.contiguous().view_as(attended), attended, width)
+        if joint is None:
+            joint = rotate_joint_(torch.addmm(bias, h, weight.T).view(len(x), 3, ctx.heads, -1), cos, sin)
+        d_joint = torch.empty_like(joint)
+        d_attended = d_attended.contiguous().view_as(attended)
+        flash_attention_4.backward(d_attended, *joint.unbind(1), attended, lse, **ctx.options, into=d_joint.unbind(1))
         del joint
-        d_query, d_key, d_value = flash_attention_4_backward(d_attended, *parts, attended, lse, **ctx.options)
-        del parts, d_attended, attended
-        d_joint, d_bias = rotate_joint_backward(d_query, d_key, d_value, cos, sin)
-        del d_query, d_key, d_value
+        d_bias = rotate_joint_backward_(d_joint, cos, sin)
+        d_joint = d_joint.view(len(x), -1)
         d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None
         d_x, sums = layer_norm_backward(d_joint @ weight, x, mean, scale, norm_weight, d_residual.contiguous())
-        d_norm_weight, d_norm_bias, _, _ = sums.to(x.dtype)
-        return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias.to(x.dtype), None, None, None, None, None
+        return d_x, sums[0], sums[1], d_weight, d_bias, None, None, None, None, None, None
 
 
 class _NormRotatedQKV(torch.autograd.Function):
@@ -152,7 +146,7 @@ class _NormRotatedQKV(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cos, sin = cos.contiguous(), sin.contiguous()
         h = layer_norm(x, norm_weight, norm_bias, eps)[0]
-        joint = torch.addmm(bias, h, weight.T).unflatten(1, (3, heads, -1))
+        joint = torch.addmm(bias, h, weight.T).view(len(x), 3, heads, -1)
         query, key, value = rotate_joint_(joint, cos, sin).unbind(1)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, cos, sin)
         ctx.eps = eps
@@ -164,12 +158,13 @@ class _NormRotatedQKV(torch.autograd.Function):
         ctx: Any, d_residual: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, cos, sin = ctx.saved_tensors
-        d_joint, d_bias = rotate_joint_backward(d_query, d_key, d_value, cos, sin)
+        d_joint = torch.stack((d_query, d_key, d_value), dim=1)
+        d_bias = rotate_joint_backward_(d_joint, cos, sin)
+        d_joint = d_joint.view(len(x), -1)
         h, mean, scale = layer_norm(x, norm_weight, norm_bias, ctx.eps)
         d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None
         d_x, sums = layer_norm_backward(d_joint @ weight, x, mean, scale, norm_weight, d_residual.contiguous())
-        d_norm_weight, d_norm_bias, _, _ = sums.to(x.dtype)
-        return d_x, d_norm_weight, d_norm_bias, d_weight, d_bias.to(x.dtype), None, None, None, None
+        return d_x, sums[0], sums[1], d_weight, d_bias, None, None, None, None
 
 
 class _ProjectAndMLP(torch.autograd.Function):
@@ -214,9 +209,9 @@ class _ProjectAndMLP(torch.autograd.Function):
         del act
         d_weight1 = d_pre.T @ h if needs[6] else None
         d_total, sums = layer_norm_backward(d_pre @ weight1, total, mean, scale, norm_weight, d_out)
-        d_norm_weight, d_norm_bias, d_bias2, d_proj_bias = sums.to(d_out.dtype)
+        d_norm_weight, d_norm_bias, d_bias2, d_proj_bias = sums
         d_proj_weight = d_total.T @ attended if needs[2] else None
         return (
             d_total @ proj_weight, d_total, d_proj_weight, d_proj_bias, d_norm_weight, d_norm_bias,
-            d_weight1, d_bias1.to(d_out.dtype), d_weight2, d_bias2, None,
+            d_weight1, d_bias1, d_weight2, d_bias2, None,
         )  # fmt: skip

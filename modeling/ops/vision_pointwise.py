@@ -2,7 +2,7 @@
 
 A caller names neither: tensors on a CUDA device go to the kernel (`vision_triton.py`), all others to the reference in
 this file, which is also what the kernel is tested against. Arithmetic is fp32 whatever the storage, rounded once on the
-way out; sums over rows stay fp32.
+way out, sums over patches too.
 
 Letters: P patches, H hidden, I intermediate, N heads, D head_dim.
 """
@@ -61,8 +61,8 @@ def layer_norm_backward(
     """The adjoint of LayerNorm inside a residual block, the gradient that arrives beside it added.
 
     Args: d_h, total, d_total (P, H); mean, inverse_deviation (P,) fp32; weight (H,).
-    Returns: d = d_total + LN'(d_h), (P, H); and (4, H) fp32 sums over patches: the gradients of the norm's weight and
-        bias, the sum of d_total, the sum of d.
+    Returns: d = d_total + LN'(d_h), (P, H); and sums over patches (4, H) in the weight's dtype: the gradients of the
+        norm's weight and bias, the sum of d_total, the sum of d.
     """
     if use_triton(d_h):
         from modeling.ops import vision_triton
@@ -79,7 +79,7 @@ def linear_gelu(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 
 
 def gelu_backward_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
-    """In place: pre (P, I) becomes gelu(pre), d_act (P, I) the gradient of pre. Returns its sum over patches (I,) fp32.
+    """In place: pre (P, I) becomes gelu(pre), d_act (P, I) the gradient of pre. Returns its sum over patches (I,).
 
     GELU in its tanh form (Hendrycks & Gimpel, 2016).
     """
@@ -99,40 +99,13 @@ def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return rotate_joint_reference_(joint, cos, sin)
 
 
-def rotate_joint_padded(
-    joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value (P, N, width) of a joint projection (P, 3, N, D), the first two turned, zeros behind each
-    head. Where the width is D they are views of joint, which is then turned in place."""
-    if use_triton(joint):
+def rotate_joint_backward_(d_joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The adjoint of `rotate_joint_`, in place on d_joint (P, 3, N, D). Returns its sum over patches (3 N D,)."""
+    if use_triton(d_joint):
         from modeling.ops import vision_triton
 
-        return vision_triton.rotate_joint_padded(joint, cos, sin, width)
-    return rotate_joint_padded_reference(joint, cos, sin, width)
-
-
-def rotate_joint_backward(
-    d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The adjoint of the rotation, and its sum over patches: three (P, N, D or wider, what is behind D left out), cos
-    and sin (P, D) -> (P, 3 N D), (3 N D,) fp32."""
-    if use_triton(d_query):
-        from modeling.ops import vision_triton
-
-        return vision_triton.rotate_joint_backward(d_query, d_key, d_value, cos, sin)
-    return rotate_joint_backward_reference(d_query, d_key, d_value, cos, sin)
-
-
-def widen_heads(one: torch.Tensor, other: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two (P, N, D) with zeros behind each head: (P, N, width). Themselves where the width is D."""
-    if width == one.shape[-1]:
-        return one, other
-    if use_triton(one):
-        from modeling.ops import vision_triton
-
-        return vision_triton.widen_heads(one, other, width)
-    behind = (0, width - one.shape[-1])
-    return F.pad(one, behind), F.pad(other, behind)
+        return vision_triton.rotate_joint_backward_(d_joint, cos, sin)
+    return rotate_joint_backward_reference_(d_joint, cos, sin)
 
 
 def layer_norm_reference(
@@ -176,7 +149,7 @@ def layer_norm_backward_reference(
     along = (grad * normalised).mean(-1, keepdim=True)
     d = (grad - grad.mean(-1, keepdim=True) - normalised * along) * inverse_deviation[:, None] + d_total.float()
     sums = [(d_h.float() * normalised).sum(0), d_h.float().sum(0), d_total.float().sum(0), d.sum(0)]
-    return d.to(d_h.dtype), torch.stack(sums)
+    return d.to(d_h.dtype), torch.stack(sums).to(weight.dtype)
 
 
 def gelu_backward_reference_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
@@ -188,7 +161,7 @@ def gelu_backward_reference_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Te
     d_pre = d_act.float() * (gate + x * gate * (1 - gate) * twice * (1 + 3 * 0.044715 * x * x))
     pre.copy_(x * gate)
     d_act.copy_(d_pre)
-    return d_pre.sum(0)
+    return d_pre.sum(0).to(pre.dtype)
 
 
 def rotate_joint_reference_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -198,20 +171,9 @@ def rotate_joint_reference_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.T
     return joint
 
 
-def rotate_joint_padded_reference(
-    joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rotate_joint_padded` in torch's own operations."""
-    behind = (0, width - joint.shape[-1])
-    query, key, value = (F.pad(part, behind) for part in rotate_joint_reference_(joint, cos, sin).unbind(1))
-    return query, key, value
-
-
-def rotate_joint_backward_reference(
-    d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rotate_joint_backward` in torch's own operations."""
-    cos, sin, dim = cos.float(), sin.float(), cos.shape[-1]
-    turned_back = [rotate_reference(d[..., :dim].float(), cos, -sin) for d in (d_query, d_key)]
-    joint = torch.stack([*turned_back, d_value[..., :dim].float()], dim=1).flatten(1)
-    return joint.to(d_query.dtype), joint.sum(0)
+def rotate_joint_backward_reference_(d_joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate_joint_backward_` in torch's own operations."""
+    back = rotate_reference(d_joint[:, :2].float(), cos.float()[:, None], -sin.float()[:, None])
+    total = torch.cat([back, d_joint[:, 2:].float()], dim=1).flatten(1).sum(0)
+    d_joint[:, :2] = back.to(d_joint.dtype)
+    return total.to(d_joint.dtype)

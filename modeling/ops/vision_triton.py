@@ -10,12 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 4096  # elements of rows that a program of a norm holds at a time
-_PARTIALS = 264  # programs of the norm's adjoint, each with a partial sum: two for each multiprocessor of a Hopper
-_ROWS, _COLUMNS = 64, 128  # patches and columns of a program that sums over patches
-_STEP = 16  # patches at a time
-_GELU_STEP = 32
-_PAIRS = 64  # rotated pairs side by side
+from modeling.ops.column_sums_triton import sum_rows
+from modeling.ops.triton_support import launch
+
+_TILE = 8192  # elements of rows that a program of a norm holds at a time
+_PARTIALS = 132  # programs of the norm's adjoint, each with a partial sum: one for each multiprocessor of a Hopper
+_ROWS, _COLUMNS = 64, 256  # patches and columns of a program of GELU's adjoint, which sums over patches
+_GELU_STEP = 32  # patches at a time
+_TURNED_ROWS, _TURN_STEP = 32, 4  # patches of a program of the rotation, and at a time
+_TURNED_BACK_ROWS, _TURN_BACK_STEP = 64, 2
 _TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
 
@@ -89,12 +92,11 @@ def _launch_norm(
     x: torch.Tensor, others: tuple[torch.Tensor, ...], eps: float, add: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, H = x.shape
-    mean, inverse_deviation = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, inverse_deviation = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(H)
     tile = max(_TILE // block, 1)
-    _add_layer_norm_kernel[(triton.cdiv(rows, tile),)](
-        x, *others, mean, inverse_deviation, rows, H, eps, ADD=add, ROWS=tile, BLOCK_H=block, num_warps=8
-    )
+    tensors = (x, *others, mean, inverse_deviation)
+    launch(_add_layer_norm_kernel, (triton.cdiv(rows, tile),), tensors, (rows, H, eps), (add, tile, block), num_warps=8)
     return mean, inverse_deviation
 
 
@@ -122,16 +124,26 @@ def _layer_norm_backward_kernel(
     d_bias = tl.zeros([1, BLOCK_H], dtype=tl.float32)
     arrived = tl.zeros([1, BLOCK_H], dtype=tl.float32)
     passed = tl.zeros([1, BLOCK_H], dtype=tl.float32)
+    first = program * steps * ROWS
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)
+    mask = (row[:, None] < rows) & inside
+    next_total = tl.load(total + row[:, None] * H + column, mask=mask, other=0.0)
+    next_grad = tl.load(d_h + row[:, None] * H + column, mask=mask, other=0.0)
+    next_beside = tl.load(d_total + row[:, None] * H + column, mask=mask, other=0.0)
     for step in range(steps):
-        row = ((program * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        row = (first + step * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * H + column
         mask = (row[:, None] < rows) & inside
+        value, grad, beside = next_total.to(tl.float32), next_grad.to(tl.float32), next_beside.to(tl.float32)
+        # The next rows are on their way while these are worked on.
+        ahead = at + ROWS * H
+        ahead_mask = (row[:, None] + ROWS < rows) & inside & (step + 1 < steps)
+        next_total = tl.load(total + ahead, mask=ahead_mask, other=0.0)
+        next_grad = tl.load(d_h + ahead, mask=ahead_mask, other=0.0)
+        next_beside = tl.load(d_total + ahead, mask=ahead_mask, other=0.0)
         mean = tl.load(means + row, mask=row < rows, other=0.0)[:, None]
         scale = tl.load(inverse_deviations + row, mask=row < rows, other=0.0)[:, None]
-        normalised = (tl.load(total + at, mask=mask, other=0.0).to(tl.float32) - mean) * scale
-        normalised = tl.where(mask, normalised, 0.0)
-        grad = tl.load(d_h + at, mask=mask, other=0.0).to(tl.float32)
-        beside = tl.load(d_total + at, mask=mask, other=0.0).to(tl.float32)
+        normalised = tl.where(mask, (value - mean) * scale, 0.0)
         d_weight += tl.sum(grad * normalised, axis=0)[None, :]
         d_bias += tl.sum(grad, axis=0)[None, :]
         arrived += tl.sum(beside, axis=0)[None, :]
@@ -164,11 +176,9 @@ def layer_norm_backward(
     programs = triton.cdiv(rows, tile * steps)
     d = torch.empty_like(total)
     partial = torch.empty(programs, 4, H, dtype=torch.float32, device=total.device)
-    _layer_norm_backward_kernel[(programs,)](
-        d_h, total, mean, inverse_deviation, weight, d_total, d, partial, rows, H, steps,
-        ROWS=tile, BLOCK_H=block, num_warps=8,
-    )  # fmt: skip
-    return d, partial.sum(0)
+    tensors = (d_h, total, mean, inverse_deviation, weight, d_total, d, partial)
+    launch(_layer_norm_backward_kernel, (programs,), tensors, (rows, H, steps), (tile, block), num_warps=8)
+    return d, sum_rows(partial, weight.dtype)
 
 
 @triton.jit
@@ -196,175 +206,94 @@ def gelu_backward_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
     patches, width = pre.shape
     chunks = triton.cdiv(patches, _ROWS)
     partial = torch.empty(chunks, width, dtype=torch.float32, device=pre.device)
-    _gelu_backward_kernel[(triton.cdiv(width, _COLUMNS), chunks)](
-        pre, d_act, partial, patches, width, ROWS=_ROWS, STEP=_GELU_STEP, COLUMNS=_COLUMNS
-    )
-    return partial.sum(0)
+    grid = (triton.cdiv(width, _COLUMNS), chunks)
+    launch(_gelu_backward_kernel, grid, (pre, d_act, partial), (patches, width), (_ROWS, _GELU_STEP, _COLUMNS))
+    return sum_rows(partial, pre.dtype)
 
 
 @triton.jit
 def _turn_joint_kernel(
     joint,
-    query,
-    key,
-    value,
     cos,
     sin,
     partial,
     P,
     N: tl.constexpr,
     HALF: tl.constexpr,
-    WIDE: tl.constexpr,
     BACK: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
-    PAIRS: tl.constexpr,
+    HEADS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Forward: joint (P, 3, N, D) to query, key and value (P, N, WIDE), the first two turned, zeros behind a head;
-    where WIDE is D, within joint. Backward: the three turned back into joint.
+    """Turn a part (query, key or value) of joint (P, 3, N, D) in place; back, and summed over rows, with BACK.
 
-    A lane owns a pair (d, d + D / 2), so that nobody else reads what it writes, and joint may be query and key as well.
-    All sizes are constants: the compiler then knows how many neighbours one load may fetch.
+    A lane owns a pair (d, d + D / 2) of one head, so that nobody else reads what it writes. All heads of a patch sit
+    in one program, which reads its angles once. Sizes are constants: the compiler then knows how many neighbours one
+    load may fetch.
     """
     D: tl.constexpr = 2 * HALF
-    TAIL: tl.constexpr = (WIDE - D) // 2
-    pair = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS))[None, :]
-    chunk = tl.program_id(1)
-    part = tl.program_id(2)
-    head = pair // HALF
-    angle = pair % HALF
-    inside = pair < N * HALF
-    narrow = head * D + angle
-    own = query
-    if part == 1:
-        own = key
-    if part == 2:
-        own = value
-    sum_first = tl.zeros([1, PAIRS], dtype=tl.float32)
-    sum_second = tl.zeros([1, PAIRS], dtype=tl.float32)
+    chunk = tl.program_id(0)
+    part = tl.program_id(1)
+    head = tl.arange(0, HEADS)[None, :, None]
+    angle = tl.arange(0, LANES)[None, None, :]
+    inside = (head < N) & (angle < HALF)
+    sum_first = tl.zeros([STEP, HEADS, LANES], dtype=tl.float32)
+    sum_second = tl.zeros([STEP, HEADS, LANES], dtype=tl.float32)
     for step in range(ROWS // STEP):
-        row = (chunk * ROWS + step * STEP + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        row = (chunk * ROWS + step * STEP + tl.arange(0, STEP)).to(tl.int64)[:, None, None]
         mask = (row < P) & inside
-        in_joint = joint + row * (3 * N * D) + part * (N * D) + narrow
-        at = row * (N * WIDE) + head * WIDE + angle
+        at = joint + row * (3 * N * D) + part * (N * D) + head * D + angle
+        one = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+        if part < 2:
+            c = tl.load(cos + row * D + angle, mask=(row < P) & (angle < HALF), other=1.0).to(tl.float32)
+            s = tl.load(sin + row * D + angle, mask=(row < P) & (angle < HALF), other=0.0).to(tl.float32)
+            if BACK:
+                s = -s
+            turned = one * c - other * s
+            other = other * c + one * s
+            one = turned
+            tl.store(at, one, mask=mask)
+            tl.store(at + HALF, other, mask=mask)
         if BACK:
-            read = own + at
-            target = in_joint
-        else:
-            read = in_joint
-            target = in_joint
-            if TAIL > 0:
-                target = own + at
-        one = tl.load(read, mask=mask, other=0.0).to(tl.float32)
-        other = tl.load(read + HALF, mask=mask, other=0.0).to(tl.float32)
-        turned = mask & (part < 2)
-        c = tl.load(cos + row * D + angle, mask=turned, other=1.0).to(tl.float32)
-        s = tl.load(sin + row * D + angle, mask=turned, other=0.0).to(tl.float32)
-        if BACK:
-            s = -s
-        new_one = one * c - other * s
-        new_other = other * c + one * s
-        tl.store(target, new_one, mask=mask)
-        tl.store(target + HALF, new_other, mask=mask)
-        if BACK:
-            sum_first += tl.sum(new_one, axis=0)[None, :]
-            sum_second += tl.sum(new_other, axis=0)[None, :]
-        elif TAIL > 0:
-            nothing = tl.zeros([STEP, PAIRS], dtype=tl.float32)
-            tl.store(target + D, nothing, mask=mask & (angle < TAIL))
-            tl.store(target + D + TAIL, nothing, mask=mask & (angle < TAIL))
+            sum_first += one
+            sum_second += other
     if BACK:
-        base = partial + (chunk * 3 + part) * (N * D) + narrow
-        tl.store(base, sum_first, mask=inside)
-        tl.store(base + HALF, sum_second, mask=inside)
+        own_head = tl.arange(0, HEADS)[:, None]
+        own_angle = tl.arange(0, LANES)[None, :]
+        base = partial + (chunk * 3 + part) * (N * D) + own_head * D + own_angle
+        own = (own_head < N) & (own_angle < HALF)
+        tl.store(base, tl.sum(sum_first, axis=0), mask=own)
+        tl.store(base + HALF, tl.sum(sum_second, axis=0), mask=own)
 
 
-def _turn(
-    joint: torch.Tensor,
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    wide: int,
-    which: int,
-    partial: torch.Tensor | None,
-) -> None:
-    """The kernel for the first `which` parts; backward where partial sums are wanted."""
+def _turn(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partial: torch.Tensor | None) -> None:
+    """Query and key in place; with partial sums, back, and all three parts summed."""
     patches, _, heads, dim = joint.shape
-    grid = (triton.cdiv(heads * dim // 2, _PAIRS), triton.cdiv(patches, _ROWS), which)
-    _turn_joint_kernel[grid](
-        joint,
-        *parts,
-        cos,
-        sin,
-        joint if partial is None else partial,
-        patches,
-        N=heads,
-        HALF=dim // 2,
-        WIDE=wide,
-        BACK=partial is not None,
-        ROWS=_ROWS,
-        STEP=_STEP,
-        PAIRS=_PAIRS,
+    back = partial is not None
+    rows, step = (_TURNED_BACK_ROWS, _TURN_BACK_STEP) if back else (_TURNED_ROWS, _TURN_STEP)
+    padded = (triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2))
+    launch(
+        _turn_joint_kernel,
+        (triton.cdiv(patches, rows), 3 if back else 2),
+        (joint, cos, sin, joint if partial is None else partial),
+        (patches,),
+        (heads, dim // 2, back, rows, step, *padded),
+        num_warps=8,
     )
 
 
 def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """See `vision_pointwise.rotate_joint_`; joint, cos and sin contiguous."""
-    _turn(joint, (joint, joint, joint), cos, sin, joint.shape[-1], 2, None)
+    _turn(joint, cos, sin, None)
     return joint
 
 
-def rotate_joint_padded(
-    joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `vision_pointwise.rotate_joint_padded`; joint, cos and sin contiguous."""
-    patches, _, heads, dim = joint.shape
-    if width == dim:
-        query, key, value = rotate_joint_(joint, cos, sin).unbind(1)
-    else:
-        query, key, value = (_wide(joint, patches, heads, width) for _ in range(3))
-        _turn(joint, (query, key, value), cos, sin, width, 3, None)
-    return query, key, value
-
-
-def _wide(like: torch.Tensor, patches: int, heads: int, width: int) -> torch.Tensor:
-    """Room for padded heads. The kernels write the zeros themselves, as long as there are fewer than values."""
-    make = like.new_empty if width <= 2 * like.shape[-1] else like.new_zeros
-    return make(patches, heads, width)
-
-
-def rotate_joint_backward(
-    d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `vision_pointwise.rotate_joint_backward`; cos and sin contiguous."""
-    d_query, d_key, d_value = (part.contiguous() for part in (d_query, d_key, d_value))
-    (patches, heads, width), dim = d_value.shape, cos.shape[-1]
-    joint = d_query.new_empty(patches, 3, heads, dim)
-    partial = torch.empty(triton.cdiv(patches, _ROWS), 3 * heads * dim, dtype=torch.float32, device=joint.device)
-    _turn(joint, (d_query, d_key, d_value), cos, sin, width, 3, partial)
-    return joint.flatten(1), partial.sum(0)
-
-
-@triton.jit
-def _widen_kernel(one, other, wide_one, wide_other, rows, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    source = one
-    target = wide_one
-    if tl.program_id(1) == 1:
-        source = other
-        target = wide_other
-    for begin in range(0, WIDE, 32):
-        column = begin + tl.arange(0, 32)[None, :]
-        value = tl.load(source + row * D + column, mask=(row < rows) & (column < D), other=0.0)
-        tl.store(target + row * WIDE + column, value, mask=(row < rows) & (column < WIDE))
-
-
-def widen_heads(one: torch.Tensor, other: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `vision_pointwise.widen_heads`; both contiguous."""
-    patches, heads, dim = one.shape
-    wide_one, wide_other = (one.new_empty(patches, heads, width) for _ in range(2))
-    rows = patches * heads
-    _widen_kernel[(triton.cdiv(rows, _STEP * 4), 2)](
-        one, other, wide_one, wide_other, rows, D=dim, WIDE=width, ROWS=_STEP * 4
-    )
-    return wide_one, wide_other
+def rotate_joint_backward_(d_joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """See `vision_pointwise.rotate_joint_backward_`; d_joint, cos and sin contiguous."""
+    columns = d_joint[0].numel()
+    chunks = triton.cdiv(len(d_joint), _TURNED_BACK_ROWS)
+    partial = torch.empty(chunks, columns, dtype=torch.float32, device=d_joint.device)
+    _turn(d_joint, cos, sin, partial)
+    return sum_rows(partial, d_joint.dtype)

@@ -29,24 +29,34 @@ class Qwen3VLMoeTextConfig(upstream.Qwen3VLMoeTextConfig):
     moe_implementation: "fused" (grouped matrix products, default) or "eager" (a loop over experts, the reference).
     moe_backend: kernel behind "fused": "quack", "grouped_mm" or "eager"; None lets the device and the installed
         packages decide, once, with a log line.
+    loss_chunk_size: rows of hidden states whose logits exist at a time in training. More rows, less time, more memory:
+        2 bytes times the vocabulary each, at the moment when no gradient but the head's exists yet.
     output_router_logits: upstream's, declared here too because its older releases leave it out.
     """
 
     moe_implementation: str = "fused"
     moe_backend: str | None = None
+    loss_chunk_size: int = 1536
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         check_moe_implementation(self.moe_implementation)
+        if self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size must be at least 1 row of hidden states, got {self.loss_chunk_size}.")
 
 
 @strict
 class Qwen3VLMoeVisionConfig(upstream.Qwen3VLMoeVisionConfig):
-    """Upstream's vision config; the base of the rotary angles is written out where transformers keeps it in its
-    code."""
+    """Upstream's vision config; the base of the rotary angles is written out where transformers keeps it in its code;
+    and:
+
+    keep_qkv_blocks: how many blocks, counted from the last, keep query, key and value for backward where they would
+        otherwise make them again (fused blocks over flash-attn 4): 6 bytes times patches and width each, in 16 bits.
+    """
 
     rope_parameters: dict | None = None
+    keep_qkv_blocks: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

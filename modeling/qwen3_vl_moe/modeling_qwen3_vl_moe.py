@@ -481,13 +481,14 @@ class Qwen3VLMoeVisionMLP(nn.Module):
 
 
 class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
-    def __init__(self, config: Qwen3VLMoeVisionConfig) -> None:
+    def __init__(self, config: Qwen3VLMoeVisionConfig, keep_qkv: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.attn = Qwen3VLMoeVisionAttention(config)
         self.mlp = Qwen3VLMoeVisionMLP(config)
         self.is_tanh_gelu = config.hidden_act == "gelu_pytorch_tanh"
+        self.keep_qkv = keep_qkv
 
     def forward(
         self,
@@ -506,7 +507,7 @@ class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
             qkv = (hidden_states, self.norm1, attn.qkv, *position_embeddings, attn.num_heads)
             if sp_group is None and attn.kernel(hidden_states) == "flash_attention_4":
                 options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": False, "scale": attn.scaling}
-                residual, attended = norm_attention(*qkv, **options)
+                residual, attended = norm_attention(*qkv, self.keep_qkv, **options)
             else:
                 residual, query, key, value = norm_rotated_qkv(*qkv)
                 attended = attn.attend(query, key, value, cu_seqlens, max_seqlen, sp_group)
@@ -579,7 +580,8 @@ class Qwen3VLMoeVisionModel(Qwen3VLMoePreTrainedModel):
         self.patch_embed = Qwen3VLMoeVisionPatchEmbed(config)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.rotary_pos_emb = Qwen3VLMoeVisionRotaryEmbedding(config)
-        self.blocks = nn.ModuleList([Qwen3VLMoeVisionBlock(config) for _ in range(config.depth)])
+        first_kept = config.depth - config.keep_qkv_blocks
+        self.blocks = nn.ModuleList([Qwen3VLMoeVisionBlock(config, i >= first_kept) for i in range(config.depth)])
         self.merger = Qwen3VLMoeVisionPatchMerger(config, use_postshuffle_norm=False)
         self.deepstack_visual_indexes = list(config.deepstack_visual_indexes)
         self.deepstack_merger_list = nn.ModuleList(
@@ -1210,6 +1212,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
                 targets.flatten(),
                 num_items=num_items_in_batch,
                 num_valid=num_valid_labels,
+                chunk_size=text_config.loss_chunk_size,
             )
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

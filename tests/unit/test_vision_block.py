@@ -11,22 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from modeling.ops import attention, vision_block, vision_pointwise
+from modeling.ops import attention, flash_attention_4, vision_block, vision_pointwise
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig
 from modeling.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention, Qwen3VLMoeVisionBlock
 
 HAS_GPU = torch.cuda.is_available()
 
 
-def make_block(hidden: int = 48, heads: int = 3, intermediate: int = 80, **attributes: str) -> Qwen3VLMoeVisionBlock:
+def make_block(
+    hidden: int = 48, heads: int = 3, intermediate: int = 80, keep_qkv: bool = False, **attributes: str
+) -> Qwen3VLMoeVisionBlock:
     sizes = {"hidden_size": hidden, "num_heads": heads, "intermediate_size": intermediate}
     config = Qwen3VLMoeConfig(vision_config=sizes | attributes).vision_config
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    block = Qwen3VLMoeVisionBlock(config)
+    block = Qwen3VLMoeVisionBlock(config, keep_qkv)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     return block
@@ -66,22 +67,18 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn 4's place taken by the definition. It wants heads of 16 padded to 32, and what it gives back there is
-    not zero."""
+    """flash-attn 4's place taken by the definition."""
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> tuple:
         return attention.VARLEN_BACKENDS["eager"](query, key, value, **options), query.new_zeros(1)
 
-    def backward(*tensors: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
-        *wide, _ = tensors
-        assert {x.shape[-1] for x in wide} == {32}
-        assert not any(x[..., 16:].any() for x in wide)
-        gradients = attention.segments_backward(*(x[..., :16] for x in wide), **options)
-        return tuple(F.pad(d, (0, 16), value=7.0) for d in gradients)
+    def backward(*tensors: torch.Tensor, into: tuple[torch.Tensor, ...], **options) -> None:
+        *tensors, _ = tensors
+        for target, gradient in zip(into, attention.segments_backward(*tensors, **options), strict=True):
+            target.copy_(gradient)
 
-    monkeypatch.setattr(vision_block, "flash_attention_4_with_lse", forward)
-    monkeypatch.setattr(vision_block, "flash_attention_4_backward", backward)
-    monkeypatch.setattr(vision_block, "flash_attention_4_width", lambda dim, device: dim + -dim % 32)
+    monkeypatch.setattr(flash_attention_4, "forward", forward)
+    monkeypatch.setattr(flash_attention_4, "backward", backward)
     monkeypatch.setattr(Qwen3VLMoeVisionAttention, "kernel", lambda self, hidden: "flash_attention_4")
 
 
@@ -126,9 +123,12 @@ def test_equals_the_modules(fused: None, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(counted) == 2
 
 
-def test_equals_the_modules_around_flash_attention(fused: None, flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_equals_the_modules_around_flash_attention(
+    keep: bool, fused: None, flash: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counted = calls(monkeypatch, "norm_attention")
-    check_block("cpu", torch.float32, 1.5)
+    check_block("cpu", torch.float32, 1.5, keep_qkv=keep)
     assert len(counted) == 2
 
 
@@ -141,11 +141,11 @@ def test_negative_control(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keeps_a_fifth(fused: None, flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 P x H values and statistics of a row or a head, where the modules keep 15."""
+    """3 P x H values and statistics of a row or a head, 6 with the projection kept, where the modules keep 15."""
     block = make_block(hidden=64, heads=4, intermediate=240)
     given = inputs(block)
 
-    def kept() -> float:
+    def kept(block: Qwen3VLMoeVisionBlock) -> float:
         storages = {}
         parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
 
@@ -161,9 +161,10 @@ def test_keeps_a_fifth(fused: None, flash: None, monkeypatch: pytest.MonkeyPatch
             sum(size for at, size in storages.items() if at not in parameters | tables) / given["hidden_states"].nbytes
         )
 
-    assert 3 <= kept() < 3.2
+    assert 3 <= kept(block) < 3.2
+    assert 6 <= kept(make_block(hidden=64, heads=4, intermediate=240, keep_qkv=True)) < 6.2
     monkeypatch.setattr(vision_block, "use_triton", lambda tensor: False)
-    assert kept() > 14
+    assert kept(block) > 14
 
 
 def test_frozen_parts(fused: None) -> None:
@@ -244,15 +245,9 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float) -> None:
         joint = draw(P, 3, N, D)
         wanted = vision_pointwise.rotate_joint_reference_(joint.clone().float(), *tables)
         close((vision_pointwise.rotate_joint_(joint.clone(), *tables),), (wanted,))
-        for width in (D, D + 24):
-            wanted = vision_pointwise.rotate_joint_padded_reference(joint.clone().float(), *tables, width)
-            close(vision_pointwise.rotate_joint_padded(joint.clone(), *tables, width), wanted)
-            gradients = [draw(P, N, width) for _ in range(3)]
-            wanted = vision_pointwise.rotate_joint_backward_reference(*(g.float() for g in gradients), *tables)
-            close(vision_pointwise.rotate_joint_backward(*gradients, *tables), wanted)
-            wanted = [F.pad(g[..., :D], (0, width - D)) for g in gradients[:2]]
-            narrow = [g[..., :D].contiguous() for g in gradients[:2]]
-            close(vision_pointwise.widen_heads(*narrow, width), wanted)
+        exact, given = joint.clone().float(), joint.clone()
+        wanted = vision_pointwise.rotate_joint_backward_reference_(exact, *tables)
+        close((vision_pointwise.rotate_joint_backward_(given, *tables), given), (wanted, exact))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the kernels run on the GPU itself")
@@ -278,7 +273,11 @@ def test_kernels_on_the_gpu(dtype: torch.dtype, bound: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("sizes", [{}, {"hidden": 1152, "heads": 16, "intermediate": 4304}], ids=["toy", "published"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"hidden": 1152, "heads": 16, "intermediate": 4304}, {"hidden": 288, "heads": 4, "keep_qkv": True}],
+    ids=["toy", "published", "kept"],
+)
 def test_block_on_the_gpu(sizes: dict[str, int]) -> None:
     """bf16: no further from float64 than the modules in bf16, which round more often."""
     check_block("cuda", torch.bfloat16, 1.1, **sizes)
