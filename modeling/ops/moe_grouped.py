@@ -9,6 +9,8 @@ Letters: R rows, H hidden, I expert intermediate, e experts on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -35,24 +37,28 @@ def backward(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     *,
-    need_rows: bool,
+    take_rows: Callable[[torch.Tensor], torch.Tensor] | None,
     need_gate_up: bool,
     need_down: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Adjoint of `row_weight[:, None] * forward(...)[1]`, its gradient given per source row as d_out (N, H).
 
-    Returns: d_rows (R, H) in row order, the caller sums it over a token's rows; d_row_weight (R,) fp32; d_gate_up_proj
-    and d_down_proj in their parameters' shapes and dtypes. The routing weight enters after the matrix product, in fp32,
-    and its gradient is <d_out @ down_proj, activation>, so the expert outputs need not be kept.
+    Returns: what take_rows makes of the gradient of the rows (R, H) in row order (None: not wanted). It sums over a
+    token's rows, and is asked at once, so that they are gone before the largest weight gradient comes. Then
+    d_row_weight (R,) fp32; d_gate_up_proj and d_down_proj in their parameters' shapes and dtypes. The routing weight
+    enters after the matrix product, in fp32, and its gradient is <d_out @ down_proj, activation>, so the expert outputs
+    need not be kept.
     """
     d_y = d_out[source]  # (R, H), not yet times the routing weight
     d_act = grouped_linear(d_y, down_proj.transpose(1, 2), offsets)  # (R, I)
     d_pre, weighted_act, d_row_weight = swiglu_backward(d_act, pre, row_weight)
     d_down = grouped_outer(d_y, weighted_act, offsets) if need_down else None
     del d_y, d_act, weighted_act  # each of a row's width: gone before the next ones come
+    d_taken = None
+    if take_rows is not None:
+        d_taken = take_rows(grouped_linear(d_pre, gate_up_proj.transpose(1, 2), offsets))
     d_gate_up = grouped_outer(d_pre, x[source], offsets) if need_gate_up else None
-    d_rows = grouped_linear(d_pre, gate_up_proj.transpose(1, 2), offsets) if need_rows else None
-    return d_rows, d_row_weight, d_gate_up, d_down
+    return d_taken, d_row_weight, d_gate_up, d_down
 
 
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

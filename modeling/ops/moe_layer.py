@@ -107,13 +107,16 @@ def layer_backward(
         source, offsets = exchange.source, exchange.offsets
         # Which gradients are wanted may differ between ranks (one without images, say); the collectives may not.
         need_x = need_weights = True
-    d_rows, d_row_weight, d_gate_up, d_down = backend_module(backend).backward(
+
+    def sum_over_routes(d_rows: torch.Tensor) -> torch.Tensor:
+        return gather_sum(d_rows if exchange is None else exchange.collect(d_rows), routing.position)
+
+    d_x, d_row_weight, d_gate_up, d_down = backend_module(backend).backward(
         d_out, rows, source, offsets, pre, row_weight, gate_up_proj, down_proj,
-        need_rows=need_x, need_gate_up=need_gate_up, need_down=need_down,
+        take_rows=sum_over_routes if need_x else None, need_gate_up=need_gate_up, need_down=need_down,
     )  # fmt: skip
     if exchange is not None:
-        d_rows, d_row_weight = exchange.collect(d_rows), exchange.collect(d_row_weight)
-    d_x = gather_sum(d_rows, routing.position) if need_x else None
+        d_row_weight = exchange.collect(d_row_weight)
     d_weights = d_row_weight.index_select(0, routing.position.flatten()).view_as(weights) if need_weights else None
     return d_x, d_weights, d_gate_up, d_down
 

@@ -13,6 +13,7 @@ Letters: R rows, H hidden, I expert intermediate, e experts on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,7 +109,7 @@ def backward(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     *,
-    need_rows: bool,
+    take_rows: Callable[[torch.Tensor], torch.Tensor] | None,
     need_gate_up: bool,
     need_down: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -119,17 +120,17 @@ def backward(
     d_act = rows_product(d_out, down_proj, offsets, tiles.d_act, gather=source)  # (R, I)
     d_pre, weighted_act, d_row_weight = moe_triton.swiglu_backward(d_act, pre, row_weight, interleaved=True)
     del d_act
-    d_rows = d_gate_up = d_down = None
+    d_taken = d_gate_up = d_down = None
     if need_down:
         d_down = torch.empty_like(down_proj)
         weight_product(d_out, weighted_act, source, offsets, d_down, tiles.d_down)
     del weighted_act
+    if take_rows is not None:
+        d_taken = take_rows(rows_product(d_pre, gate_up_proj, offsets, tiles.d_rows, concat=("B",)))  # (R, H)
     if need_gate_up:
         d_gate_up = torch.empty_like(gate_up_proj)
         weight_product(x, d_pre, source, offsets, d_gate_up.mT, tiles.d_gate_up, concat=("out",))
-    if need_rows:
-        d_rows = rows_product(d_pre, gate_up_proj, offsets, tiles.d_rows, concat=("B",))  # (R, H)
-    return d_rows, d_row_weight, d_gate_up, d_down
+    return d_taken, d_row_weight, d_gate_up, d_down
 
 
 def rows_product(
