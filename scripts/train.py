@@ -60,6 +60,8 @@ def build_model(options: TrainOptions, state: ParallelState) -> tuple[Any, Any]:
         config._attn_implementation = options.attention
     if options.moe_backend:
         config.text_config.moe_backend = options.moe_backend
+    if options.loss_chunk_size:
+        config.text_config.loss_chunk_size = options.loss_chunk_size
     with torch.device("meta"):
         model = Qwen3VLMoeForCausalLM(config)
     lora = None
@@ -144,8 +146,9 @@ def export(options: TrainOptions, model: Any, lora: Any, step: int) -> list[Path
     if not folder.exists():  # else an earlier end of this run wrote it
         source = Qwen3VLMoeConfig.from_pretrained(options.model)
         dtype = options.export_dtype or str(source.dtype or "float32")
-        # The run's choice, not the model's.
-        model.config.text_config.moe_backend = source.text_config.moe_backend
+        # The run's choices, not the model's.
+        for name in ("moe_backend", "loss_chunk_size"):
+            setattr(model.config.text_config, name, getattr(source.text_config, name))
         export_checkpoint(
             model,
             folder,

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from modeling.ops.triton_support import use_triton
-from modeling.ops.vocab_softmax import logits_gradient_, row_statistics, statistics_and_gradient_
+from modeling.ops.vocab_softmax import logits_gradient_, row_statistics, scale_, statistics_and_gradient_
 
 IGNORE_INDEX = -100
 CHUNK_SIZE = 1536
@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             gradients, ctx.gradients = ctx.gradients, None
         # In place, on tensors that only this function has seen: a copy of the head's gradient would be 0.6 GB.
-        d_hidden, d_weight = (None if g is None else g.mul_(d_loss.to(g.dtype)) for g in gradients)
+        d_hidden, d_weight = (None if g is None else scale_(g, d_loss) for g in gradients)
         return d_hidden, d_weight, None, None, None, None
 
 
@@ -134,7 +134,7 @@ def _loss_and_gradients(
     """Loss () fp32, d_hidden (T, H) and d_weight (V, H) in their tensors' dtypes, None where not needed."""
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-    d_weight = _WeightGradient(weight) if need_weight else None
+    d_weight = _WeightGradient(weight, hidden.shape[0] <= chunk_size) if need_weight else None
     d_log_prob = (-scale).expand(hidden.shape[0]).contiguous()  # (T,)
     logits = None
     for begin in range(0, hidden.shape[0], chunk_size):
@@ -178,7 +178,7 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, labels, log_sum, entropy = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        d_weight = _WeightGradient(weight) if need_weight else None
+        d_weight = _WeightGradient(weight, hidden.shape[0] <= ctx.chunk_size) if need_weight else None
         d_logits = None
         for begin in range(0, hidden.shape[0], ctx.chunk_size):
             chunk = slice(begin, begin + ctx.chunk_size)
@@ -202,38 +202,49 @@ class _LinearLogProbs(torch.autograd.Function):
 class _WeightGradient:
     """The sum over chunks of d_logits.T @ hidden, without rounding each chunk's part to 16 bits.
 
-    bf16 on Hopper: the result itself and 8 more bits beside it (`vocab_triton.add_product_`). Otherwise fp32.
+    A single chunk on a GPU: one product. bf16 on Hopper: the result itself and 8 more bits beside it
+    (`vocab_triton.add_product_`). Otherwise fp32.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.dtype = weight.dtype
-        self.started = False
+    def __init__(self, weight: torch.Tensor, single: bool) -> None:
+        self.weight = weight
+        self.total: torch.Tensor | None = None
         self.extra: torch.Tensor | None = None
-        if use_triton(weight):
+        self.single = single and weight.is_cuda
+        self.split = False
+        if not self.single and use_triton(weight):
             from modeling.ops import vocab_triton
 
-            if vocab_triton.takes_product(weight):
-                self.extra = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        dtype = torch.float32 if self.extra is None else weight.dtype
-        self.total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            self.split = vocab_triton.takes_product(weight)
 
     def add(self, d_logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """d_logits (C, V), hidden (C, H)."""
-        if self.extra is not None:
+        first = self.total is None
+        if self.single:
+            self.total = _product(d_logits.T, hidden)
+        elif self.split:
             from modeling.ops import vocab_triton
 
-            vocab_triton.add_product_(self.total, self.extra, d_logits, hidden.contiguous(), first=not self.started)
-        elif self.dtype == torch.float32:
-            self.total.addmm_(d_logits.T, hidden)
-        elif self.total.is_cuda:
-            torch.addmm(self.total, d_logits.T, hidden, out_dtype=torch.float32, out=self.total)
+            if self.total is None or self.extra is None:
+                self.total = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+                self.extra = torch.empty_like(self.total, dtype=torch.int8)
+            vocab_triton.add_product_(self.total, self.extra, d_logits, hidden.contiguous(), first=first)
         else:
-            self.total.addmm_(d_logits.T.float(), hidden.float())
-        self.started = True
+            if self.total is None:
+                self.total = self._zeros(torch.float32)
+            if self.weight.dtype == torch.float32:
+                self.total.addmm_(d_logits.T, hidden)
+            elif self.total.is_cuda:
+                torch.addmm(self.total, d_logits.T, hidden, out_dtype=torch.float32, out=self.total)
+            else:
+                self.total.addmm_(d_logits.T.float(), hidden.float())
 
     def finish(self) -> torch.Tensor:
-        """(V, H) in the weight's dtype."""
-        return self.total.to(self.dtype)
+        """(V, H) in the weight's dtype; zeros if there was no chunk."""
+        return self._zeros(self.weight.dtype) if self.total is None else self.total.to(self.weight.dtype)
+
+    def _zeros(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(self.weight.shape, dtype=dtype, device=self.weight.device)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,15 @@ def statistics_and_gradient_(
     return log_sum, label_logit
 
 
+def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """gradient (contiguous) times a 0-d factor, in place; on a GPU a factor of 1 costs no pass over the memory."""
+    if use_triton(gradient):
+        from modeling.ops import vocab_triton
+
+        return vocab_triton.scale_(gradient, factor)
+    return gradient.mul_(factor.to(gradient.dtype))
+
+
 def row_statistics_reference(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

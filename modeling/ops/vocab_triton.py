@@ -1,4 +1,4 @@
-"""Triton kernels for the output head: rows of a block of logits, and a weight gradient summed over blocks.
+"""Triton kernels for the output head: rows of a block of logits, a weight gradient summed over blocks, its factor.
 
 Rows (`vocab_softmax.py` has the reference): a program owns a row. It walks over it once for the softmax statistics,
 keeping a running maximum and sum per lane, and a second time for the gradient, while the row is still in the L2 cache.
@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 _BLOCK_V = 4096
 _NUM_WARPS = 16
+_SCALE_BLOCK = 8192
 _PRODUCT_BLOCKS = (128, 256, 64, 8, 3)  # vocabulary, hidden, rows; warps, stages
 
 
@@ -151,6 +152,22 @@ def logits_gradient_(
         log_sum=log_sum, label_logit=None, entropy=entropy, d_log_prob=d_log_prob, d_entropy=d_entropy,
     )  # fmt: skip
     return logits
+
+
+@triton.jit
+def _scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+    f = tl.load(factor).to(tl.float32)
+    if f != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(values + at, mask=at < count, other=0.0).to(tl.float32)
+        tl.store(values + at, value * f, mask=at < count)
+
+
+def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """See `vocab_softmax.scale_`. Usually a training loss is the end of its graph, and the factor 1."""
+    count = gradient.numel()
+    _scale_kernel[(triton.cdiv(count, _SCALE_BLOCK),)](gradient, factor, count, BLOCK=_SCALE_BLOCK, num_warps=8)
+    return gradient
 
 
 @triton.jit

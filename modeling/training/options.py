@@ -61,6 +61,7 @@ class TrainOptions:
     )
     attention: str = _option("", "attn_implementation of the model; empty for its own choice")
     moe_backend: str = _option("", "kernel of the experts; empty for the model's own choice")
+    loss_chunk_size: int = _option(0, "tokens whose logits exist at a time; 0 for the model's own choice")
 
     lr: float = _option(1e-5, "peak learning rate", section="optimizer")
     lr_vit: float = _option(-1.0, "of the vision tower; negative for lr")
