@@ -179,11 +179,16 @@ def top_kernels(step: Callable[[], Any], rows: int = 14) -> list[tuple[str, floa
 def measure(
     model: Any, batch: dict[str, Any], visual: Callable[[], Any], repeats: int, kernels: bool = False
 ) -> dict[str, Any]:
-    """Time, memory and syncs of one model's step; or, as the profiler slows every later launch, only its kernels."""
+    """Time, memory and syncs of one model's step; or, as the profiler slows every later launch, only its kernels.
+
+    Every model's backward runs in the calling thread, as this project's trainer has it: never slower, on a host with
+    slow cores up to a third faster.
+    """
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        model(**batch).loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):
+            model(**batch).loss.backward()
 
     step()
     if kernels:
@@ -209,6 +214,8 @@ def run_ours(
     samples: list[dict[str, torch.Tensor]],
     recompute: str,
     compiled: bool,
+    loss_chunk: int,
+    keep_qkv: int,
     repeats: int,
     kernels: bool = False,
 ) -> dict[str, Any]:
@@ -216,7 +223,10 @@ def run_ours(
     from modeling.qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeForCausalLM
     from modeling.qwen3_vl_moe.vision_metadata import unpack_metadata
 
-    model = build(Qwen3VLMoeForCausalLM, Qwen3VLMoeConfig(**config_dict(layers)), _attn_implementation="sdpa")
+    config = Qwen3VLMoeConfig(**config_dict(layers))
+    config.text_config.loss_chunk_size = loss_chunk
+    config.vision_config.keep_qkv_blocks = keep_qkv
+    model = build(Qwen3VLMoeForCausalLM, config, _attn_implementation="sdpa")
     set_recompute(model.model.visual, recompute)
     if compiled:
         compile_blocks(model)
@@ -298,6 +308,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--vision-recompute", nargs="+", default=["none"], choices=["none", "full", "selective"])
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="both")
+    parser.add_argument("--loss-chunk", type=int, default=8192, help="loss_chunk_size of this project's config")
+    parser.add_argument("--keep-qkv", type=int, default=5, help="keep_qkv_blocks of this project's vision config")
     parser.add_argument("--skip-transformers", action="store_true")
     parser.add_argument("--veomni", type=Path, metavar="FOLDER", help="packages of VeOmni's environment; see above")
     parser.add_argument("--veomni-triton", action="store_true", help="VeOmni also with Triton experts and sdpa")
@@ -312,7 +324,8 @@ def main() -> None:
         for compiled in {"no": [False], "yes": [True], "both": [True, False]}[args.compile]:
             name = "this project" + (", compiled" if compiled else "")
             name += "" if recompute == "none" else f", vision recompute {recompute}"
-            runs[name] = partial(run_ours, args.layers, samples, recompute, compiled, args.repeats)
+            chosen = (recompute, compiled, args.loss_chunk, args.keep_qkv)
+            runs[name] = partial(run_ours, args.layers, samples, *chosen, args.repeats)
     if not args.skip_transformers:
         runs["transformers"] = partial(run_transformers, args.layers, samples, args.repeats)
     if args.veomni is not None:
