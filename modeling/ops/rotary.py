@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from modeling.ops.rms_norm import rms_norm
 from modeling.ops.triton_support import use_triton
 
 
@@ -28,6 +29,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     if use_triton(x):
         return _Rotate.apply(x, cos, sin)
     return rotate_reference(x, cos, sin)
+
+
+def norm_rotate(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """`rms_norm.rms_norm` of every head of x (..., T, N, D), then `rotate`; on a GPU one kernel each way."""
+    if use_triton(x) and x.dtype == weight.dtype:
+        return _NormRotate.apply(x, weight, eps, cos, sin)
+    return rotate(rms_norm(x, weight, eps), cos, sin)
 
 
 def rotate_qkv(
@@ -62,6 +72,27 @@ class _Rotate(torch.autograd.Function):
 
         cos, sin = ctx.saved_tensors
         return norm_rotary_triton.rotate(d_y, cos, sin, back=True), None, None
+
+
+class _NormRotate(torch.autograd.Function):
+    """forward: `norm_rotate`; backward: its adjoint in x and weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        from modeling.ops import norm_rotary_triton
+
+        y, inverse_rms = norm_rotary_triton.norm_rotate_forward(x, weight, eps, cos, sin)
+        ctx.save_for_backward(x, weight, inverse_rms, cos, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        from modeling.ops import norm_rotary_triton
+
+        return *norm_rotary_triton.norm_rotate_backward(d_y, *ctx.saved_tensors), None, None, None
 
 
 class _RotateQKV(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modeling.ops import flash_attention_4
+from modeling.ops.module_hooks import has_hooks
 from modeling.ops.triton_support import use_triton
 from modeling.ops.vision_pointwise import (
     add_layer_norm,
@@ -46,15 +47,9 @@ def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
-    if type(module) not in (nn.Linear, nn.LayerNorm) or "forward" in vars(module):
+    if type(module) not in (nn.Linear, nn.LayerNorm) or has_hooks(module):
         return False
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return not any(hooks) and module.bias is not None and module.weight.dtype == dtype == module.bias.dtype
+    return module.bias is not None and module.weight.dtype == dtype == module.bias.dtype
 
 
 def norm_rotated_qkv(
@@ -119,8 +114,10 @@ class _NormAttention(torch.autograd.Function):
             joint = rotate_joint_(torch.addmm(bias, h, weight.T).view(len(x), 3, ctx.heads, -1), cos, sin)
         d_joint = torch.empty_like(joint)
         d_attended = d_attended.contiguous().view_as(attended)
-        flash_attention_4.backward(d_attended, *joint.unbind(1), attended, lse, **ctx.options, into=d_joint.unbind(1))
-        del joint
+        query, key, value = joint.unbind(1)
+        into = d_joint.unbind(1)
+        flash_attention_4.backward(d_attended, query, key, value, attended, lse, **ctx.options, into=into)
+        del joint, query, key, value, into
         d_bias = rotate_joint_backward_(d_joint, cos, sin)
         d_joint = d_joint.view(len(x), -1)
         d_weight = d_joint.T @ h if ctx.needs_input_grad[3] else None

@@ -54,8 +54,9 @@ from modeling.ops.attention import select_varlen_backend, varlen_attention
 from modeling.ops.fused_moe import fused_moe_forward
 from modeling.ops.linear_cross_entropy import linear_cross_entropy
 from modeling.ops.load_balancing import load_balancing_loss_func
+from modeling.ops.module_hooks import has_hooks
 from modeling.ops.rms_norm import rms_norm
-from modeling.ops.rotary import rotate, rotate_qkv
+from modeling.ops.rotary import norm_rotate, rotate, rotate_qkv
 from modeling.ops.vision_block import can_fuse, norm_attention, norm_rotated_qkv, project_and_mlp
 from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (
     Qwen3VLMoeConfig,
@@ -260,15 +261,23 @@ class Qwen3VLMoeTextAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, S, H) -> (B, S, H) and the attention weights where the implementation has them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads))  # (B, S, N, D)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads))  # (B, S, N_kv, D)
-        value = self.v_proj(hidden_states).view(heads)
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query = self._norm_rotated(self.q_norm, self.q_proj(hidden_states).view(heads), position_embeddings)
+        key = self._norm_rotated(self.k_norm, self.k_proj(hidden_states).view(heads), position_embeddings)
+        value = self.v_proj(hidden_states).view(heads)  # (B, S, N_kv, D), as key; query (B, S, N, D)
         if cu_seqlens is not None:
             output, weights = self._packed(query, key, value, cu_seqlens, max_seqlen, sp_group), None
         else:
             output, weights = self._masked(query, key, value, attention_mask, past_key_values)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    @staticmethod
+    def _norm_rotated(
+        norm: nn.Module, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Normalised and turned, (B, S, heads, D), in one kernel unless somebody attached something to the norm."""
+        if type(norm) is Qwen3VLMoeTextRMSNorm and not has_hooks(norm):
+            return norm_rotate(x, norm.weight, norm.variance_epsilon, *position_embeddings)
+        return rotate(norm(x), *position_embeddings)
 
     def _packed(
         self,

@@ -87,6 +87,12 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float) -> None:
             lambda x, c=cos, s=sin: rotate_reference(x, c, s),
             x,
         )
+        compare(
+            lambda x, w, c=cos, s=sin: rotary_module._NormRotate.apply(x, w, 1e-6, c, s),
+            lambda x, w, c=cos, s=sin: rotate_reference(rms_norm_reference(x, w, 1e-6), c, s),
+            x,
+            torch.randn(dim, generator=generator),
+        )
         # A strided view, as a slice of heads is.
         wide = torch.randn(tokens, heads + 2, dim, generator=generator)
         compare(
