@@ -71,24 +71,24 @@ def backward(
     max_seqlen: int,
     causal: bool,
     scale: float,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of `forward` in query, key and value, written to `into` where given: shaped like them, rows of whole
-    16 bytes."""
+    """The adjoint of `forward` in query, key and value, written to `into` where given: three shaped like them, their
+    rows of whole 16 bytes."""
     if into is None:
         into = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}
     if not _launches_directly(query.device) or query.shape[-1] < _NARROW or query.numel() == 0:
         for target, gradient in zip(into, _padded_backward(d_out, query, key, value, out, lse, **options), strict=True):
             target.copy_(gradient)
-        return into
+        return into[0], into[1], into[2]
     kind = _kind(query, key, cu_seqlens, max_seqlen, causal)
     kernels = _backward_kernels.get(kind)
     if kernels is None:
         kernels = _backward_kernels[kind] = _compile_backward(d_out, query, key, value, out, lse, **options)
-    tensors = (_aligned(x) for x in (d_out, query, key, value))
-    _launch_backward(kernels, *tensors, out, lse, cu_seqlens, scale, into)
-    return into
+    d_out, query, key, value = (_aligned(x) for x in (d_out, query, key, value))
+    _launch_backward(kernels, d_out, query, key, value, out, lse, cu_seqlens, scale, into)
+    return into[0], into[1], into[2]
 
 
 def padded_width(head_dim: int, device: torch.device) -> int:
@@ -234,18 +234,17 @@ def _launch_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     scale: float,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: tuple[Tensor, ...],
 ) -> None:
     (rows, heads, _), key_heads, segments = query.shape, key.shape[1], cu_seqlens.shape[0] - 1
     # Each segment begins at a whole block of the sums.
     sum_rows = _multiple(rows + segments * kernels.block_rows, kernels.block_rows)
-    like = {"dtype": torch.float32, "device": query.device}
-    sums = torch.empty(heads, sum_rows * kernels.width, **like)
-    products, log2_sums = torch.empty(heads, sum_rows, **like), torch.empty(heads, sum_rows, **like)
+    sums = torch.empty(heads, sum_rows * kernels.width, dtype=torch.float32, device=query.device)
+    products, log2_sums = (sums.new_empty(heads, sum_rows) for _ in range(2))
     key_sums, value_sums = into[1:]
     if kernels.finish_key is not None:
         key_rows = _multiple(rows + segments * kernels.block_columns, kernels.block_columns)
-        key_sums, value_sums = (torch.zeros(key_heads, key_rows * kernels.width, **like) for _ in range(2))
+        key_sums, value_sums = (sums.new_zeros(key_heads, key_rows * kernels.width) for _ in range(2))
     query_blocks, key_blocks = _first_blocks(kernels, cu_seqlens)
     kernels.prepare(
         out, d_out, products, lse, log2_sums, sums, cu_seqlens, None, None, None, None, 1.0, query_blocks, None

@@ -17,8 +17,8 @@ _TILE = 8192  # elements of rows that a program of a norm holds at a time
 _PARTIALS = 132  # programs of the norm's adjoint, each with a partial sum: one for each multiprocessor of a Hopper
 _ROWS, _COLUMNS = 64, 256  # patches and columns of a program of GELU's adjoint, which sums over patches
 _GELU_STEP = 32  # patches at a time
-_TURNED_ROWS, _TURN_STEP = 32, 4  # patches of a program of the rotation, and at a time
-_TURNED_BACK_ROWS, _TURN_BACK_STEP = 64, 2
+_TURNED_ROWS, _TURN_STEP = 4, 1  # patches of a program of the rotation, and at a time
+_TURNED_BACK_ROWS, _TURN_BACK_STEP = 32, 1
 _TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
 
