@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--vision-recompute", nargs="+", default=["none"], choices=["none", "full", "selective"])
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--loss-chunk", type=int, default=8192, help="loss_chunk_size of this project's config")
-    parser.add_argument("--keep-qkv", type=int, default=5, help="keep_qkv_blocks of this project's vision config")
+    parser.add_argument("--keep-qkv", type=int, default=4, help="keep_qkv_blocks of this project's vision config")
     parser.add_argument("--skip-transformers", action="store_true")
     parser.add_argument("--veomni", type=Path, metavar="FOLDER", help="packages of VeOmni's environment; see above")
     parser.add_argument("--veomni-triton", action="store_true", help="VeOmni also with Triton experts and sdpa")

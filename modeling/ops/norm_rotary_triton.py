@@ -190,7 +190,7 @@ def _norm_rotate_backward_kernel(
 def norm_rotate_forward(
     x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every head's norm, turned: x (..., T, N, D), weight (D,), cos and sin (..., T, D) -> y like x, and 1 / rms of each
+    """Every head's norm, turned: x (..., T, N, D), weight (D,), cos, sin (..., T, D) -> y like x, and 1 / rms of each
     head, float32."""
     x = x.contiguous()
     heads, dim = x.shape[-2:]

@@ -231,7 +231,10 @@ def test_triton_kernel_equals_its_reference(monkeypatch: pytest.MonkeyPatch) -> 
 @needs_gpu
 @pytest.mark.parametrize("vocabulary", [9000, 9001])  # rows of whole 16 bytes, and not
 @pytest.mark.parametrize("count_known", [False, True])
-def test_gpu_error_against_fp64_is_no_larger_than_the_plain_paths(count_known: bool, vocabulary: int) -> None:
+@pytest.mark.parametrize("chunk_size", [256, 2000])  # several chunks, and one
+def test_gpu_error_against_fp64_is_no_larger_than_the_plain_paths(
+    chunk_size: int, count_known: bool, vocabulary: int
+) -> None:
     torch.manual_seed(0)
     tokens, width = 1111, 256
     hidden = torch.randn(tokens, width, device="cuda").bfloat16()
@@ -248,7 +251,7 @@ def test_gpu_error_against_fp64_is_no_larger_than_the_plain_paths(count_known: b
         torch.cuda.set_sync_debug_mode("error" if results else "default")
         try:
             if len(results) < 2:
-                loss = linear_cross_entropy(h, w, labels, num_valid=num_valid, chunk_size=256)
+                loss = linear_cross_entropy(h, w, labels, num_valid=num_valid, chunk_size=chunk_size)
             else:
                 loss = plain(h, w, labels, None)
             results.append([loss, *torch.autograd.grad(loss, (h, w))])
@@ -258,6 +261,17 @@ def test_gpu_error_against_fp64_is_no_larger_than_the_plain_paths(count_known: b
         torch.testing.assert_close(ours, again, rtol=0, atol=0)
         slack = 1e-6 if name == "loss" else 0.0
         assert relative(ours, reference) <= 1.1 * relative(theirs, reference) + slack, name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gpu_scale(factor: float) -> None:
+    """In place, with a factor of 1 left alone."""
+    gradient = torch.randn(333, 65, device="cuda").bfloat16()
+    expected = (gradient.float() * factor).bfloat16()
+    scaled = vocab_softmax.scale_(gradient, torch.tensor(factor, device="cuda"))
+    assert scaled is gradient and torch.equal(scaled, expected)
 
 
 @pytest.mark.gpu

@@ -132,3 +132,15 @@ def test_kernels_in_the_interpreter() -> None:
 def test_kernels_on_the_gpu(dtype: torch.dtype, bound: float) -> None:
     """bf16 results are rounded once or twice: a relative 2^-8 each."""
     check_kernels("cuda", dtype, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+def test_launches_at_any_address() -> None:
+    """A kernel compiled for addresses of whole 16 bytes is not launched at others, nor one for sizes at others."""
+    weight = torch.randn(64, device="cuda")
+    for rows in (1, 16, 17, 32):
+        storage = torch.randn(rows * 64 + 1, device="cuda")
+        for offset in (0, 1, 0):
+            x = storage[offset : offset + rows * 64].view(rows, 64)
+            torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
