@@ -91,6 +91,12 @@ def backward(
     return into[0], into[1], into[2]
 
 
+def takes(head_dim: int, segments: int) -> bool:
+    """Whether the kernels are known to be right for so many segments. Beyond 256 the package finds a block's segment
+    by a table: with heads of 128 that passed our tests on a GPU, with heads of 72 it failed; others were not tried."""
+    return segments <= _MANY or head_dim == 128
+
+
 def padded_width(head_dim: int, device: torch.device) -> int:
     """How wide heads must be for the package's own backward."""
     return _multiple(head_dim, 32) if torch.cuda.get_device_capability(device)[0] == 9 else head_dim

@@ -79,7 +79,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flash_attention_4, "forward", forward)
     monkeypatch.setattr(flash_attention_4, "backward", backward)
-    monkeypatch.setattr(Qwen3VLMoeVisionAttention, "kernel", lambda self, hidden: "flash_attention_4")
+    monkeypatch.setattr(Qwen3VLMoeVisionAttention, "runs_flash_attention_4", lambda self, hidden, segments: True)
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
