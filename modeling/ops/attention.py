@@ -9,7 +9,7 @@ Packed rows never form an S x S mask: the boundaries (`cu_seqlens`) go to a vari
     sdpa elsewhere                         scaled_dot_product_attention per segment
     eager                                  softmax(Q K^T) V per segment, the readable reference
 
-Where flash-attn 4 cannot be trusted (`flash_attention_4.takes`: hundreds of segments), torch's kernel takes its place.
+Where flash-attn 4 was not tried (`flash_attention_4.takes`: hundreds of segments), torch's kernel takes its place.
 """
 
 import inspect

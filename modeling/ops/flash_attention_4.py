@@ -6,9 +6,11 @@ what it compiled is kept, and later calls of that kind pass their tensors to it.
 workings: it is done on Hopper and for the releases in `TESTED`. Others are called as usual.
 
 Backward on Hopper with heads that are no multiple of 32 wide (72, say, the vision tower's): the package's main kernel
-adds up the query's gradient in rows of the next multiple of 16, but clears and reads them as rows of the next multiple
-of 32 (flash-attention's pull request 2896), and the gradient is wrong, without a word. Launched directly, all three
-kernels are given the same width; otherwise heads get zeros behind them.
+adds up the query's gradient in rows of the next multiple of 16, but the kernels before and after it clear and read rows
+of the next multiple of 32 (flash-attention's pull request 2896), and the gradient is wrong, without a word. Launched
+directly, the main kernel is compiled for rows of a multiple of 32 too, as that request has it; otherwise heads get
+zeros behind them. (The other way round, all three at the multiple of 16, would be wrong as well: the first kernel then
+clears statistics of rows behind a segment's end, which are another segment's.)
 
 Letters: T packed rows, N heads, D head_dim.
 """
@@ -16,7 +18,7 @@ Letters: T packed rows, N heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from torch import Tensor
 
 TESTED = ("4.0.0b36",)
 _NARROW = 64
-"""Heads narrower than this go through the package's own backward: its kernels do not compile for all their widths."""
+"""Heads narrower than this go through the package's own backward: no published model has them."""
 _LONG = 512
 """The package compiles other kernels for segments that fit into one block; no block has so many rows."""
 _MANY = 256
@@ -40,14 +42,20 @@ def forward(
 
     Arguments as of `attention.varlen_attention`, bf16 or fp16 on Hopper or newer.
     """
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    by_package = partial(
+        _flash_attn_fwd, query, key, value, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen, softmax_scale=scale, causal=causal, return_lse=True,
+    )  # fmt: skip
     if not _launches_directly(query.device) or cu_seqlens.shape[0] - 1 > _MANY or query.numel() == 0:
-        return _forward_by_package(query, key, value, cu_seqlens, max_seqlen, causal, scale)[0]
+        out, lse, *_ = by_package()
+        return out, lse
     kind = _kind(query, key, cu_seqlens, max_seqlen, causal)
     kernel = _forward_kernels.get(kind)
     if kernel is None:
-        found, kernel = _forward_by_package(query, key, value, cu_seqlens, max_seqlen, causal, scale)
-        _forward_kernels[kind] = kernel
-        return found
+        (out, lse, *_), _forward_kernels[kind] = _recorded(_flash_attn_fwd, by_package)
+        return out, lse
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     rows, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -93,7 +101,7 @@ def backward(
 
 def takes(head_dim: int, segments: int) -> bool:
     """Whether the kernels are known to be right for so many segments. Beyond 256 the package finds a block's segment
-    by a table: with heads of 128 that passed our tests on a GPU, with heads of 72 it failed; others were not tried."""
+    by a table; with heads of 128 that passed our tests on a GPU, with others it was not tried."""
     return segments <= _MANY or head_dim == 128
 
 
@@ -148,59 +156,29 @@ def _multiple(size: int, of: int) -> int:
     return -(-size // of) * of
 
 
-class _Recorder:
-    """Takes the place of one of the package's caches for a while, and keeps the kernels that were asked for."""
+class _Recorder(dict):
+    """Takes the place of one of the package's caches for a while, and keeps the kernel that was asked for last."""
 
-    def __init__(self, kernels: Any) -> None:
-        self.kernels = kernels
-        self.asked: list[Callable] = []
-
-    def __contains__(self, key: Any) -> bool:
-        return key in self.kernels
-
-    def __setitem__(self, key: Any, kernel: Callable) -> None:
-        self.kernels[key] = kernel
+    asked: Callable | None = None
 
     def __getitem__(self, key: Any) -> Callable:
-        self.asked.append(self.kernels[key])
-        return self.asked[-1]
+        self.asked = super().__getitem__(key)
+        return self.asked
 
 
-def _recorded(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Callable]:
-    """What function(...) returns, and the kernel it took from its cache."""
+def _recorded(function: Any, call: Callable[[], Any]) -> tuple[Any, Callable]:
+    """What a call of `function` returns, and the kernel it launched, compiled anew."""
     kernels = function.compile_cache
-    function.compile_cache = recorder = _Recorder(kernels)
+    function.compile_cache = recorder = _Recorder()
     try:
-        result = function(*args, **kwargs)
+        result = call()
     finally:
         function.compile_cache = kernels
-    return result, recorder.asked[-1] if recorder.asked else _no_kernel
+    return result, recorder.asked or _no_kernel
 
 
 def _no_kernel(*args: Any) -> None:
     raise RuntimeError("the package launched no kernel for the first call of this kind")
-
-
-def _forward_by_package(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> tuple[tuple[Tensor, Tensor], Callable]:
-    """Output and log-sum-exp, and the kernel that the package chose."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    (out, lse, *_), kernel = _recorded(
-        _flash_attn_fwd,
-        query,
-        key,
-        value,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=scale,
-        causal=causal,
-        return_lse=True,
-    )
-    return (out, lse), kernel
 
 
 def _padded_backward(
@@ -276,6 +254,19 @@ def _first_blocks(kernels: _BackwardKernels, cu_seqlens: Tensor) -> tuple[Tensor
     return query_blocks, key_blocks
 
 
+def _of_width(main_class: Any, width: int) -> Any:
+    """The package's main kernel with rows of `width` for heads, in registers, shared memory and sums."""
+
+    class Wide(main_class):
+        def __init__(self, dtype: Any, head_dim: int, head_dim_v: int | None = None, *args: Any, **kwargs: Any) -> None:
+            super().__init__(dtype, head_dim, head_dim_v, *args, **kwargs)
+            self.tile_hdim = self.tile_hdimv = width
+            self.check_hdim_oob = self.check_hdim_v_oob = head_dim != width
+            self.shuffle_LSE = self.shuffle_dPsum = self.SdP_swapAB and width <= 64
+
+    return Wide
+
+
 def _compile_backward(
     d_out: Tensor,
     query: Tensor,
@@ -295,13 +286,18 @@ def _compile_backward(
     head_dim = query.shape[-1]
     tiles = interface._tile_size_bwd_sm90(head_dim, head_dim, causal, False)
     dtype = interface.torch2cute_dtype_map[query.dtype]
+    multiple = 64 if tiles.dKV_swapAB else 32
+    width = _multiple(head_dim, multiple)
     main_class = interface.FlashAttentionBackwardSm90
-    width = main_class(dtype, head_dim, head_dim, dKV_swapAB=tiles.dKV_swapAB).tile_hdim
-    multiple = next(of for of in (16, 32, 64) if _multiple(head_dim, of) == width)
-    _, main = _recorded(
-        interface._flash_attn_bwd, query, key, value, out, d_out, lse, scale, causal,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-    )  # fmt: skip
+    interface.FlashAttentionBackwardSm90 = _of_width(main_class, width)
+    try:
+        call = partial(
+            interface._flash_attn_bwd, query, key, value, out, d_out, lse, scale, causal,
+            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        )  # fmt: skip
+        main = _recorded(interface._flash_attn_bwd, call)[1]
+    finally:
+        interface.FlashAttentionBackwardSm90 = main_class
     kernels = _BackwardKernels(_no_kernel, main, _no_kernel, None, tiles.m_block_size, tiles.n_block_size, width)
     query_blocks, key_blocks = _first_blocks(kernels, cu_seqlens)
     common: dict[str, Any] = {"hdim_multiple_of": multiple, "fake_mode": False}
@@ -314,16 +310,18 @@ def _compile_backward(
         return sums, products, lse
 
     def finish(heads: int, like: Tensor, block: int, threads: int, atoms: int, swap: bool, blocks: Any) -> Callable:
-        return _recorded(
+        call = partial(
             interface._bwd_postprocess_convert, room(heads, block)[0], torch.empty_like(like), scale, cu_seqlens, None,
             90, dtype, head_dim, block, threads, atoms, swap, cu_total_m_blocks=blocks, **common,
-        )[1]  # fmt: skip
+        )  # fmt: skip
+        return _recorded(interface._bwd_postprocess_convert, call)[1]
 
     sums, products, log2_sums = room(query.shape[1], tiles.m_block_size)
-    _, prepare = _recorded(
+    call = partial(
         interface._bwd_preprocess, out, d_out.contiguous(), products, lse, log2_sums, sums, cu_seqlens, None, None,
         dtype, head_dim, head_dim, tiles.m_block_size, cu_total_m_blocks=query_blocks, **common,
     )  # fmt: skip
+    prepare = _recorded(interface._bwd_preprocess, call)[1]
     threads = tiles.num_wg * 128
     of_query = (tiles.m_block_size, 128 if tiles.dQ_single_wg else threads, tiles.AtomLayoutMdQ, tiles.dQ_swapAB)
     of_key = (tiles.n_block_size, threads, tiles.AtomLayoutNdKV, tiles.dKV_swapAB)

@@ -144,7 +144,7 @@ def test_hundreds_of_segments_leave_flash_attention_4(monkeypatch: pytest.Monkey
 
 
 def test_kernel_of_a_first_call_is_kept() -> None:
-    """What the package looks up while one call is made, and nothing of its cache changed by that."""
+    """The kernel that the package compiles for one call, and nothing of its own cache changed or used by that."""
     from modeling.ops import flash_attention_4
 
     def function(x: int) -> int:
@@ -152,18 +152,18 @@ def test_kernel_of_a_first_call_is_kept() -> None:
             function.compile_cache[x] = lambda y: x * y
         return function.compile_cache[x](10)
 
-    cache: dict = {}
+    cache: dict = {3: lambda y: -y}
     function.compile_cache = cache
-    for _ in range(2):
-        result, kernel = flash_attention_4._recorded(function, 3)
-        assert result == 30 and kernel is cache[3] and function.compile_cache is cache
+    result, kernel = flash_attention_4._recorded(function, lambda: function(3))
+    assert result == 30 and kernel(5) == 15
+    assert function.compile_cache is cache and function(3) == -10
 
     def failing(x: int) -> None:
         raise ValueError("no such head")
 
     failing.compile_cache = cache
     with pytest.raises(ValueError, match="no such head"):
-        flash_attention_4._recorded(failing, 3)
+        flash_attention_4._recorded(failing, lambda: failing(3))
     assert failing.compile_cache is cache
     with pytest.raises(RuntimeError, match="launched no kernel"):
         flash_attention_4._no_kernel()
