@@ -7,6 +7,7 @@ from modeling.ops.attention import VARLEN_BACKENDS, select_varlen_backend, varle
 
 LENGTHS = [5, 5, 1, 12, 3, 3, 3]
 LONG = [300, 1, 129, 64, 700]
+CROWD = [1 + i % 90 for i in range(200)]  # most end inside a block of any kernel, side by side on the device
 MANY = [1 + i % 7 for i in range(300)]
 
 
@@ -72,7 +73,7 @@ def test_on_the_cpu(implementation: str, causal: bool, heads: tuple[int, int]) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG, MANY], ids=["short", "long", "many"])
+@pytest.mark.parametrize("lengths", [LENGTHS, LONG, CROWD, MANY], ids=["short", "long", "crowd", "many"])
 @pytest.mark.parametrize("dim", [64, 72, 128])
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
 @pytest.mark.parametrize("causal", [True, False])
