@@ -1,4 +1,4 @@
-"""Process pools for distributed tests: `world_size` gloo ranks that are started once and run many functions.
+"""Process pools for distributed tests: `world_size` ranks that are started once and run many functions.
 
 A test sends a module-level function and its arguments; every rank runs it and sends back what it returned or the
 message it failed with. A rank that does not answer in time is a hang: the pool is killed and the test fails.
@@ -15,9 +15,12 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from tests.distributed.device import prepare_rank
+
 DEFAULT_TIMEOUT = 240.0
-# A gloo group has three threads, and they poll even when idle. Ranks that have seen many meshes are replaced.
-MOST_THREADS = 160
+# A gloo group has three threads, and they poll even when idle. Ranks that have started so many since they joined their
+# world have seen many meshes, and are replaced. With NCCL a group has twice as many, and starting anew takes longer.
+MOST_THREADS = {"cpu": 160, "cuda": 400}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class RanksFailed(AssertionError):
     """Some rank raised where none should."""
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection, collective_timeout: float) -> None:
+def _serve(rank: int, world_size: int, store: str, pipe: Connection, collective_timeout: float, device: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import datetime
 
@@ -46,12 +49,13 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection, collective_
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        prepare_rank(rank, device),
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=collective_timeout),
     )
+    threads = _threads()
     while True:
         job = pipe.recv()
         if job is None:
@@ -61,26 +65,38 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection, collective_
             result = function(*args, **kwargs)
         except BaseException as error:  # a rank reports whatever stopped it; the parent decides what it means
             result = Failure(type(error).__name__, str(error), traceback.format_exc())
-        pipe.send((result, len(os.listdir("/proc/self/task"))))
+        pipe.send((result, _threads() - threads))
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 class Pool:
-    """Ranks that wait for work. `run` raises if any rank fails or hangs; `outcomes` hands failures back."""
+    """Ranks that wait for work. `run` raises if any rank fails or hangs; `outcomes` hands failures back.
 
-    def __init__(self, world_size: int, collective_timeout: float = 120.0) -> None:
+    On "cuda" rank r has GPU r. What a function returns goes through a pipe: it holds no tensor of a GPU.
+    """
+
+    def __init__(self, world_size: int, collective_timeout: float = 120.0, device: str = "cpu") -> None:
         self.world_size = world_size
+        self.device = device
         self.collective_timeout = collective_timeout
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
     def _start(self) -> None:
-        # Forked from a server that has imported everything, once for all pools, and has run nothing.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.distributed.ranks"])
+        if self.device == "cuda":
+            # A fork has no use of CUDA if anything that was imported before it has so much as counted the GPUs.
+            context = mp.get_context("spawn")
+        else:
+            # Forked from a server that has imported everything, once for all pools, and has run nothing.
+            context = mp.get_context("forkserver")
+            context.set_forkserver_preload(["tests.distributed.ranks"])
         store = os.path.join(tempfile.mkdtemp(prefix="pool"), "store")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, self.world_size, store, theirs, self.collective_timeout)
+            args = (rank, self.world_size, store, theirs, self.collective_timeout, self.device)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self.processes.append(process)
@@ -118,7 +134,7 @@ class Pool:
                 result, own_threads = Failure("EOFError", "the process died", ""), 0
             results.append(result)
             threads = max(threads, own_threads)
-        if threads > MOST_THREADS or any(isinstance(result, Failure) for result in results):
+        if threads > MOST_THREADS[self.device] or any(isinstance(result, Failure) for result in results):
             self.close()
         return results
 

@@ -13,6 +13,7 @@ from modeling.distributed.encoder_data_balance import EncoderDataBalancer
 from modeling.distributed.parallel_state import ParallelState, init_parallel_state, use_parallel_state
 from modeling.distributed.parallelize import clip_grad_norm_, parallelize_model
 from modeling.qwen3_vl_moe import Qwen3VLMoeForCausalLM
+from tests.distributed.device import rank_device, to_device
 from tests.distributed.oracle import freeze
 from tests.distributed.toy import PADDED_LENGTH, fill_weights, labels_of, samples_of, toy_config
 from tests.features import feature_of
@@ -50,7 +51,7 @@ class Options:
 def state_of(mesh: Mesh) -> ParallelState:
     """The state of a mesh, built once per process: a mesh is some nine process groups."""
     with use_parallel_state(None):
-        return init_parallel_state(mesh.shard, mesh.sp, mesh.ep, mesh.replicate, device_type="cpu")
+        return init_parallel_state(mesh.shard, mesh.sp, mesh.ep, mesh.replicate, device_type=rank_device())
 
 
 @cache
@@ -76,7 +77,8 @@ def features_of(kind: str) -> list[dict[str, Tensor]]:
 
 
 def batch_of(kind: str, state: ParallelState) -> dict[str, Any]:
-    """This rank's batch: its share of the eight samples, packed, padded where the kind says so, and sliced."""
+    """This rank's batch, on its device: its share of the eight samples, packed, padded where the kind says so, and
+    sliced."""
     share = 8 // state.dp_size
     collator = SequenceParallelCollator(
         state.sp_size,
@@ -84,7 +86,8 @@ def batch_of(kind: str, state: ParallelState) -> dict[str, Any]:
         single_process_model().get_metadata_collate_func(),
         pad_to_length=PADDED_LENGTH[state.dp_size] if kind == "padded" else None,
     )
-    return collator(features_of(kind)[state.dp_rank * share : (state.dp_rank + 1) * share])
+    batch = collator(features_of(kind)[state.dp_rank * share : (state.dp_rank + 1) * share])
+    return to_device(batch, state.device_type)
 
 
 def summed(value: Tensor) -> float:
@@ -129,6 +132,6 @@ def gradients_of(mesh: Mesh, kind: str, options: Options = Options()) -> dict[st
         "loss": summed(loss),
         "norm": norm,
         "clipped_norm": torch.stack([g.double().norm() for g in clipped.values()]).norm().item(),
-        "gradients": {name: gradient.numpy() for name, gradient in gradients.items()},
+        "gradients": {name: gradient.cpu().numpy() for name, gradient in gradients.items()},
     }
     return result if dist.get_rank() == 0 else None

@@ -1,7 +1,7 @@
-"""python -m tests.distributed.report [--world 2 4 8]
+"""[QWEN3_VL_MOE_TEST_DEVICE=cuda] python -m tests.distributed.report [--world 2 4 8]
 
 The table of the README: for every mesh the worst error over all kinds of batch, against upstream in one process, fp32.
-The same cells as `test_matrix.py`, printed instead of judged.
+The same cells as `test_matrix.py` on the same device (`device.py`), printed instead of judged.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from tests.distributed.device import DEVICE, missing_devices
 from tests.distributed.oracle import reference
 from tests.distributed.pool import Pool
 from tests.distributed.ranks import gradients_of
@@ -27,7 +28,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     started, cells = time.monotonic(), 0
     for world in worlds:
-        pool = Pool(world)
+        lacking = missing_devices(world, DEVICE)
+        if lacking is not None:
+            print(f"not run: {world} ranks: {lacking}", file=sys.stderr)
+            continue
+        pool = Pool(world, device=DEVICE)
         for mesh in (mesh for mesh in MESHES if mesh.world == world):
             loss, gradient, norm = 0.0, 0.0, 0.0
             for kind in NAMES:

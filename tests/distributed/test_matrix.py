@@ -4,7 +4,8 @@
     python -m pytest tests/distributed/test_matrix.py -m matrix    all meshes x all kinds of batch
 
 Each cell trains one step on a mesh and compares the summed loss (relative error 2e-6), the whole gradient of every
-parameter (1e-5 by norm) and the clipping norm (1e-5) with upstream transformers on the same samples, one by one, fp32.
+parameter (1e-5 by norm) and the clipping norm (1e-5) with upstream transformers on the same samples, one by one, fp32,
+on the CPU. The mesh is on the device that `device.py` reads: the CPU, or GPUs.
 """
 
 import itertools
@@ -12,13 +13,16 @@ import itertools
 import pytest
 import torch
 
+from tests.distributed.device import DEVICE
 from tests.distributed.oracle import Reference, reference
 from tests.distributed.ranks import Mesh, Options, gradients_of
 from tests.distributed.toy import NAMES
 
 # fp32: sums over the vocabulary, over tokens and over ranks in another order. Without a mistake the worst parameter of
 # the worst cell stays near 3e-6; a gradient that misses one rank's share is off by more than 0.1.
-LOSS_BOUND, GRADIENT_BOUND, NORM_BOUND = 2e-6, 1e-5, 1e-5
+# On a GPU the loss has the bound of the rest: the exponentials and roots of its kernels are off by an ulp or two, which
+# a sum in another order is not (the one-GPU tests against upstream hold 1e-5 for outputs and gradients alike).
+LOSS_BOUND, GRADIENT_BOUND, NORM_BOUND = 2e-6 if DEVICE == "cpu" else 1e-5, 1e-5, 1e-5
 # A gradient that is zero upstream (no label reaches it) is compared with the joint norm of all.
 ZERO_BOUND = 1e-7
 
@@ -77,6 +81,6 @@ def test_the_matrix_covers_what_it_promises():
 
 
 @pytest.mark.parametrize(("mesh", "kind"), [cell(i) for i in range(len(CELLS))])
-def test_gradients_equal_upstreams(pools, mesh: Mesh, kind: str):
-    result = pools(mesh.world).run(gradients_of, mesh, kind, Options())[0]
+def test_gradients_equal_upstreams(device_pools, mesh: Mesh, kind: str):
+    result = device_pools(mesh.world).run(gradients_of, mesh, kind, Options())[0]
     check(result, reference(kind))
