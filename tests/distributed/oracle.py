@@ -25,8 +25,8 @@ class Reference:
 
 
 @cache
-def upstream_model(one_expert: bool) -> Qwen3VLMoeForConditionalGeneration:
-    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**toy_config_dict()))
+def upstream_model(one_expert: bool, aligned: bool = False) -> Qwen3VLMoeForConditionalGeneration:
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**toy_config_dict(aligned)))
     fill_weights(model.state_dict(), one_expert)
     return model.train()
 
@@ -57,9 +57,9 @@ def total_loss(model: torch.nn.Module, kind: str, balancing: bool = False) -> Te
 
 
 @cache
-def reference(kind: str, balancing: bool = False, frozen: str = "") -> Reference:
-    """`frozen`: name prefixes, comma-separated, whose parameters get no gradient."""
-    model = upstream_model(kind == "one expert")
+def reference(kind: str, balancing: bool = False, frozen: str = "", aligned: bool = False) -> Reference:
+    """`frozen`: name prefixes, comma-separated, whose parameters get no gradient. `aligned`: sizes, see `toy.py`."""
+    model = upstream_model(kind == "one expert", aligned)
     freeze(model, frozen)
     model.zero_grad()
     loss = total_loss(model, kind, balancing)
@@ -71,6 +71,15 @@ def reference(kind: str, balancing: bool = False, frozen: str = "") -> Reference
     }
     norm = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
     return Reference(loss.item(), gradients, norm)
+
+
+@cache
+def routes(kind: str, aligned: bool = False) -> list[list[Tensor]]:
+    """The experts that every router chooses: for each of the eight samples one (L, K) per MoE layer."""
+    with torch.no_grad():
+        model = upstream_model(kind == "one expert", aligned)
+        logits = [forward(model, sample)[1] for sample in samples_of(kind)]
+    return [[layer.topk(TEXT["num_experts_per_tok"], dim=-1).indices for layer in sample] for sample in logits]
 
 
 def freeze(model: torch.nn.Module, frozen: str) -> None:

@@ -1,9 +1,11 @@
 """What the ranks run: a toy model on a mesh, batches for it, and its whole gradients."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,11 +14,13 @@ from modeling.data.collator import SequenceParallelCollator
 from modeling.distributed.encoder_data_balance import EncoderDataBalancer
 from modeling.distributed.parallel_state import ParallelState, init_parallel_state, use_parallel_state
 from modeling.distributed.parallelize import clip_grad_norm_, parallelize_model
+from modeling.distributed.sequence_parallel import padded_length
 from modeling.qwen3_vl_moe import Qwen3VLMoeForCausalLM
 from tests.distributed.device import rank_device, to_device
 from tests.distributed.oracle import freeze
 from tests.distributed.toy import PADDED_LENGTH, fill_weights, labels_of, samples_of, toy_config
 from tests.features import feature_of
+from tests.parity.harness import pinned
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Options:
     """Add the load-balancing loss."""
     frozen: str = ""
     encoder_balance: bool = False
+    aligned: bool = False
+    """The larger sizes of `toy.py`."""
 
 
 @cache
@@ -59,9 +65,9 @@ def single_process_model() -> Qwen3VLMoeForCausalLM:
     return Qwen3VLMoeForCausalLM(toy_config())
 
 
-def build(one_expert: bool = False, frozen: str = "", **text: object) -> Qwen3VLMoeForCausalLM:
+def build(one_expert: bool = False, frozen: str = "", aligned: bool = False, **text: object) -> Qwen3VLMoeForCausalLM:
     """The toy model with its weights, in training mode, not yet parallel."""
-    model = Qwen3VLMoeForCausalLM(toy_config(**text))
+    model = Qwen3VLMoeForCausalLM(toy_config(aligned, **text))
     fill_weights(model.state_dict(), one_expert)
     freeze(model, frozen)
     return model.train()
@@ -90,6 +96,24 @@ def batch_of(kind: str, state: ParallelState) -> dict[str, Any]:
     return to_device(batch, state.device_type)
 
 
+def routes_of(choices: list[list[np.ndarray]], kind: str, state: ParallelState) -> list[Tensor]:
+    """This rank's part of the experts that every sample's tokens take, as `batch_of` packs, pads and slices the tokens.
+
+    choices: for each of the eight samples one (L, K) per MoE layer. Returns one (s, K) per MoE layer.
+    """
+    share = 8 // state.dp_size
+    own = choices[state.dp_rank * share : (state.dp_rank + 1) * share]
+    layers = [torch.from_numpy(np.concatenate(layer)) for layer in zip(*own, strict=True)]
+    length = max(len(layers[0]), PADDED_LENGTH[state.dp_size] if kind == "padded" else 0)
+    length = padded_length(length, state.sp_size)
+    # Where padding goes is all the same: the first K experts.
+    whole = [torch.arange(layer.shape[1]).repeat(length, 1) for layer in layers]
+    for padded, layer in zip(whole, layers, strict=True):
+        padded[: len(layer)] = layer
+    part = slice(state.sp_rank * length // state.sp_size, (state.sp_rank + 1) * length // state.sp_size)
+    return [layer[part].to(state.device_type) for layer in whole]
+
+
 def summed(value: Tensor) -> float:
     total = value.detach().double().clone()
     dist.all_reduce(total)
@@ -97,10 +121,14 @@ def summed(value: Tensor) -> float:
 
 
 def whole_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every trainable parameter's gradient as one tensor; a collective. A missing gradient is an error here."""
+    """Every trainable parameter's gradient as one tensor; a collective. A missing gradient is an error here, but for a
+    rank that is alone: it has no one to run the vision tower for where it has no images, and those gradients are zero.
+    """
     gradients = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.grad is None and dist.get_world_size() == 1:
+            gradients[name] = torch.zeros(parameter.shape, device=parameter.device)
+        elif parameter.requires_grad:
             assert parameter.grad is not None, f"{name} has no gradient"
             # A copy: where one rank holds all of it, full_tensor() is the gradient itself, which clipping scales.
             gradients[name] = parameter.grad.full_tensor().clone()
@@ -109,7 +137,8 @@ def whole_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def make_parallel(mesh: Mesh, options: Options, one_expert: bool = False) -> tuple[torch.nn.Module, ParallelState]:
     state = state_of(mesh)
-    model = parallelize_model(build(one_expert, options.frozen), parallel_state=state, **options.parallelize)
+    model = build(one_expert, options.frozen, options.aligned)
+    model = parallelize_model(model, parallel_state=state, **options.parallelize)
     if options.encoder_balance:
         vision = model.config.vision_config
         balancer = EncoderDataBalancer(
@@ -119,10 +148,16 @@ def make_parallel(mesh: Mesh, options: Options, one_expert: bool = False) -> tup
     return model, state
 
 
-def gradients_of(mesh: Mesh, kind: str, options: Options = Options()) -> dict[str, Any] | None:
-    """Loss, whole gradients and clipping norm of one step; from rank 0, None from the others."""
+def gradients_of(
+    mesh: Mesh, kind: str, options: Options = Options(), choices: list[list[np.ndarray]] | None = None
+) -> dict[str, Any] | None:
+    """Loss, whole gradients and clipping norm of one step; from rank 0, None from the others.
+
+    choices: the experts that the tokens take (see `routes_of`); None leaves it to the routers.
+    """
     model, state = make_parallel(mesh, options, one_expert=kind == "one expert")
-    with use_parallel_state(state):
+    held = nullcontext() if choices is None else pinned(model, routes_of(choices, kind, state))
+    with use_parallel_state(state), held:
         loss = model(**batch_of(kind, state), output_router_logits=options.balancing).loss
         loss.backward()
         gradients = whole_gradients(model)

@@ -43,14 +43,24 @@ VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+# Sizes that the fast kernels of a GPU take (heads of 64 and 72, rows of 16 bytes in half precision), else as above.
+ALIGNED_TEXT = {
+    "head_dim": 64,
+    "hidden_size": 96,
+    "intermediate_size": 104,
+    "moe_intermediate_size": 40,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]},
+    "vocab_size": 200,
+}
+ALIGNED_VISION = {"hidden_size": 288, "intermediate_size": 296, "out_hidden_size": 96}
 PATCH_DIM = 3 * 2 * PATCH * PATCH
 
 
-def toy_config_dict(**text: object) -> dict:
-    """As a config.json would hold it; `text` overrides fields of the text config."""
+def toy_config_dict(aligned: bool = False, **text: object) -> dict:
+    """As a config.json would hold it, of the `aligned` sizes or not; `text` overrides fields of the text config."""
     return {
-        "text_config": TEXT | text,
-        "vision_config": VISION,
+        "text_config": TEXT | (ALIGNED_TEXT if aligned else {}) | text,
+        "vision_config": VISION | (ALIGNED_VISION if aligned else {}),
         "image_token_id": IMAGE,
         "video_token_id": VIDEO,
         "vision_start_token_id": START,
@@ -59,8 +69,8 @@ def toy_config_dict(**text: object) -> dict:
     }
 
 
-def toy_config(**text: object) -> Qwen3VLMoeConfig:
-    return Qwen3VLMoeConfig(**toy_config_dict(**text))
+def toy_config(aligned: bool = False, **text: object) -> Qwen3VLMoeConfig:
+    return Qwen3VLMoeConfig(**toy_config_dict(aligned, **text))
 
 
 def fill_weights(state: dict[str, Tensor], one_expert: bool = False) -> None:
