@@ -1,7 +1,6 @@
 """Where the ranks of the matrix and of the hang suite run: gloo on the CPU, or NCCL with one GPU of this host for each.
 
-    cd tests/distributed
-    QWEN3_VL_MOE_TEST_DEVICE=cuda python -m pytest -m "" test_matrix.py test_bf16_matrix.py test_hangs.py
+    QWEN3_VL_MOE_TEST_DEVICE=cuda python -m pytest -m "" tests/distributed -k "matrix or hangs or torchrun"
 
 The variable is read here and nowhere else. What needs more ranks than there are GPUs is skipped and says so.
 """

@@ -25,12 +25,14 @@ LAYOUTS = ("hub", "fused", "per-expert", "ep-sharded")
 MESHES = [Mesh(4), Mesh(2, sp=2, ep=4), Mesh(1, replicate=2, sp=2, ep=2), Mesh(4, ep=2)]
 
 
-def write_checkpoint(folder: Path, layout: str, dtype: torch.dtype = torch.float32, ep_size: int = 2) -> Path:
-    """The toy model in `layout`, in several files, with their stamps."""
+def write_checkpoint(
+    folder: Path, layout: str, dtype: torch.dtype = torch.float32, ep_size: int = 2, aligned: bool = False
+) -> Path:
+    """The toy model, of the `aligned` sizes or not, in `layout`, in several files, with their stamps."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(toy_config_dict() | {"model_type": "qwen3_vl_moe"}))
+    (folder / "config.json").write_text(json.dumps(toy_config_dict(aligned) | {"model_type": "qwen3_vl_moe"}))
     files: dict[int | None, dict[str, torch.Tensor]] = {}
-    for name, value in build().state_dict().items():
+    for name, value in build(aligned=aligned).state_dict().items():
         value = value.to(dtype)
         parts = pack(layout, name, value, ep_size) if logical_name(name) else {(name, None): value}
         for (stored, ep_rank), part in parts.items():
