@@ -7,7 +7,7 @@ Weights are kept in fp32, gathered and multiplied in bf16, and gradients summed 
 matrix's: upstream in one process in fp32. How far bf16 may be from it depends on model, batch and kernels, so one rank
 of the same device is asked: the same model, weights and kernels, and nobody to share with. A mesh rounds the same
 products, only its sums over tokens are cut elsewhere; the two errors are nearly the same numbers (on CPUs their ratio
-is 0.99 to 1.00). NO_WORSE leaves a mistake no more than half of that error, under one percent of the gradient.
+is 0.97 to 1.00). NO_WORSE leaves a mistake no more than half of that error, under one percent of the gradient.
 
 Rounding flips a near-tie between two experts now and then, and one flip moves a gradient more than all other rounding
 does, so every router takes the reference's choices (as in `tests/parity/test_bf16.py`).
