@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerationMixin
 
+from modeling.qwen3_vl_moe.cache_name import CACHE, one_cache
+
 VISUAL_KEYS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
@@ -61,19 +63,21 @@ class VisionGenerationMixin(GenerationMixin):
         past_key_values: Any = None,
         is_first_iteration: bool = False,
         use_cache: bool = True,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one step: images go in with the tokens that stand for them, once."""
+        cache = one_cache(past_key_values, cache)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         if not use_cache:
             return inputs
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         for name, keys in VISUAL_KEYS.items():
             pixels, grid_thw = (kwargs.get(key) for key in keys)
             if pixels is None or grid_thw is None:
@@ -113,7 +117,7 @@ class VisionGenerationMixin(GenerationMixin):
     ) -> torch.Tensor:
         """(4, B, L): text positions, then the three rotary ones; remembers rope_deltas for the steps to come."""
         text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # (B, L)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         past_length = cache.get_seq_length() if cache is not None else 0
         input_ids = model_kwargs.get("input_ids")
         if input_ids is None or input_ids.shape[1] == 0:

@@ -59,6 +59,7 @@ from modeling.ops.module_hooks import has_hooks
 from modeling.ops.rms_norm import rms_norm
 from modeling.ops.rotary import norm_rotate, rotate, rotate_qkv
 from modeling.ops.vision_block import can_fuse, norm_attention, norm_rotated_qkv, project_and_mlp
+from modeling.qwen3_vl_moe.cache_name import CACHE, one_cache
 from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeTextConfig,
@@ -385,7 +386,7 @@ class Qwen3VLMoePreTrainedModel(LayoutAwareModel):
     input_modalities: tuple[str, ...] = ("text", "image", "video")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen3VLMoeTextDecoderLayer", "Qwen3VLMoeVisionBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -720,6 +721,7 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Run the decoder.
@@ -739,6 +741,7 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        past_key_values = one_cache(past_key_values, cache)
         state = get_parallel_state()
         if state.sp_enabled and (cu_seq_lens_q is None or position_ids is None):
             raise ValueError(
@@ -769,8 +772,8 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=text_position_ids,
+                **{CACHE: past_key_values},
             )
         hidden_states = inputs_embeds
         # PATCH(sp-local-positions): the collator has sliced the positions, so cos and sin are this rank's as they come
@@ -795,7 +798,7 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return MoeModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
             router_logits=tuple(all_router_logits) if output_router_logits else None,
@@ -1012,11 +1015,13 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """See `Qwen3VLMoeForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        past_key_values = one_cache(past_key_values, cache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         collated = multimodal_metadata is not None
         if not collated and input_ids is not None and past_length == 0:
@@ -1157,6 +1162,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
         output_router_logits: bool | None = None,
         tail_padding_length: int = 0,
         num_valid_labels: int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """One forward pass.
@@ -1177,6 +1183,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
             output_router_logits: return raw router logits and the load-balancing loss, which joins the loss.
             tail_padding_length: tokens at the end of a packed row that are padding (the collator's count).
             num_valid_labels: how many predictions of this rank count (the collator's count).
+            cache: another name of past_key_values.
 
         Returns:
             In training mode with labels: the loss, and no logits (they are never held at once). Otherwise logits
@@ -1194,7 +1201,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
@@ -1253,7 +1260,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,

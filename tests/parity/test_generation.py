@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from modeling.qwen3_vl_moe.cache_name import CACHE
 from tests.features import InputsOf
 from tests.media import assistant, chat_inputs, load_photo, user
 from tests.parity.harness import relative_error
@@ -84,7 +85,7 @@ def test_second_turn_continues_the_cache(pair: tuple, tiny_processor: Any) -> No
     encoded: list[int] = []
     hook = ours.model.visual.register_forward_pre_hook(lambda module, args: encoded.append(args[0].shape[0]))
     try:
-        continued = ours.generate(**whole, past_key_values=cache, **GREEDY)
+        continued = ours.generate(**whole, **{CACHE: cache}, **GREEDY)
     finally:
         hook.remove()
     assert encoded == [int(whole["image_grid_thw"][1].prod())]
@@ -100,8 +101,11 @@ def test_decoding_positions_follow_the_images(ours: torch.nn.Module, inputs_of: 
         whole = ours(**inputs).logits
         prefix = {**inputs, "input_ids": ids[:, :-2], "attention_mask": inputs["attention_mask"][:, :-2]}
         prefix.pop("mm_token_type_ids", None)
-        ours(**prefix, past_key_values=cache, use_cache=True)
-        step = ours(input_ids=ids[:, -2:], attention_mask=inputs["attention_mask"], past_key_values=cache).logits
+        filled = ours(**prefix, past_key_values=cache, use_cache=True)
+        step = ours(input_ids=ids[:, -2:], attention_mask=inputs["attention_mask"], cache=cache).logits
+    assert getattr(filled, CACHE) is cache
+    with pytest.raises(ValueError, match="two names of one argument"):
+        ours(**prefix, past_key_values=cache, cache=DynamicCache(config=ours.config.text_config))
     assert relative_error(step, whole[:, -2:]) <= 5e-6
 
 
