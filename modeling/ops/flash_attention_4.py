@@ -267,6 +267,18 @@ def _of_width(main_class: Any, width: int) -> Any:
     return Wide
 
 
+def _compile_main(call: Callable[[], Any], width: int) -> Callable:
+    """The main kernel that a call of the package's backward compiles, with rows of `width`."""
+    from flash_attn.cute import interface
+
+    main_class = interface.FlashAttentionBackwardSm90
+    interface.FlashAttentionBackwardSm90 = _of_width(main_class, width)
+    try:
+        return _recorded(interface._flash_attn_bwd, call)[1]
+    finally:
+        interface.FlashAttentionBackwardSm90 = main_class
+
+
 def _compile_backward(
     d_out: Tensor,
     query: Tensor,
@@ -288,16 +300,11 @@ def _compile_backward(
     dtype = interface.torch2cute_dtype_map[query.dtype]
     multiple = 64 if tiles.dKV_swapAB else 32
     width = _multiple(head_dim, multiple)
-    main_class = interface.FlashAttentionBackwardSm90
-    interface.FlashAttentionBackwardSm90 = _of_width(main_class, width)
-    try:
-        call = partial(
-            interface._flash_attn_bwd, query, key, value, out, d_out, lse, scale, causal,
-            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        )  # fmt: skip
-        main = _recorded(interface._flash_attn_bwd, call)[1]
-    finally:
-        interface.FlashAttentionBackwardSm90 = main_class
+    call = partial(
+        interface._flash_attn_bwd, query, key, value, out, d_out, lse, scale, causal,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+    )  # fmt: skip
+    main = _compile_main(call, width)
     kernels = _BackwardKernels(_no_kernel, main, _no_kernel, None, tiles.m_block_size, tiles.n_block_size, width)
     query_blocks, key_blocks = _first_blocks(kernels, cu_seqlens)
     common: dict[str, Any] = {"hdim_multiple_of": multiple, "fake_mode": False}

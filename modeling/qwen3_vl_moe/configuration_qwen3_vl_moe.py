@@ -62,6 +62,8 @@ class Qwen3VLMoeVisionConfig(upstream.Qwen3VLMoeVisionConfig):
         super().__post_init__(**kwargs)
         if self.rope_parameters is None or self.rope_parameters["rope_type"] == "default":
             self.rope_parameters = {"rope_type": "axial", "rope_theta": 10000.0}
+        if not 0 <= self.keep_qkv_blocks <= self.depth:
+            raise ValueError(f"keep_qkv_blocks={self.keep_qkv_blocks} must be between 0 and depth={self.depth}.")
 
 
 @strict
