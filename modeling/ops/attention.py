@@ -9,7 +9,6 @@ Packed rows never form an S x S mask: the boundaries (`cu_seqlens`) go to a vari
     sdpa elsewhere                         scaled_dot_product_attention per segment
     eager                                  softmax(Q K^T) V per segment, the readable reference
 
-Where flash-attn 4 was not tried (`flash_attention_4.takes`: hundreds of segments), torch's kernel takes its place.
 """
 
 import inspect
@@ -307,8 +306,6 @@ def varlen_attention(
         (T, N, D), or (t, N, D) with a group; rows of one segment independent of every other segment, bit for bit.
     """
     backend = select_varlen_backend(implementation, query.device, query.dtype)
-    if backend == "flash_attention_4" and not flash_attention_4.takes(query.shape[-1], cu_seqlens.shape[0] - 1):
-        backend = "torch_varlen"
     if group is not None and group_size(group) > 1:
         query, key, value = exchange_heads(query, key, value, group)
     options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": causal, "scale": scale}

@@ -50,7 +50,6 @@ from modeling.distributed.sequence_parallel import (
     gather_seq_scatter_heads,
     sp_pad_and_slice,
 )
-from modeling.ops import flash_attention_4
 from modeling.ops.attention import select_varlen_backend, varlen_attention
 from modeling.ops.fused_moe import fused_moe_forward
 from modeling.ops.linear_cross_entropy import linear_cross_entropy
@@ -452,11 +451,10 @@ class Qwen3VLMoeVisionAttention(nn.Module):
         query, key, value = rotate_qkv(self.qkv(hidden_states), *position_embeddings, self.num_heads)  # (p, N, D)
         return self.proj(self.attend(query, key, value, cu_seqlens, max_seqlen, sp_group))
 
-    def runs_flash_attention_4(self, hidden_states: torch.Tensor, segments: int) -> bool:
+    def runs_flash_attention_4(self, hidden_states: torch.Tensor) -> bool:
         """Whether that is the attention kernel for such hidden states."""
         implementation = self.config._attn_implementation
-        backend = select_varlen_backend(implementation, hidden_states.device, hidden_states.dtype)
-        return backend == "flash_attention_4" and flash_attention_4.takes(self.head_dim, segments)
+        return select_varlen_backend(implementation, hidden_states.device, hidden_states.dtype) == "flash_attention_4"
 
     def attend(
         self,
@@ -518,7 +516,7 @@ class Qwen3VLMoeVisionBlock(GradientCheckpointingLayer):
         ):
             # PATCH(vit-fused-block): a fifth of the activations kept, half of the launches; the same sums
             qkv = (hidden_states, self.norm1, attn.qkv, *position_embeddings, attn.num_heads)
-            if sp_group is None and attn.runs_flash_attention_4(hidden_states, len(cu_seqlens) - 1):
+            if sp_group is None and attn.runs_flash_attention_4(hidden_states):
                 options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "causal": False, "scale": attn.scaling}
                 residual, attended = norm_attention(*qkv, self.keep_qkv, **options)
             else:

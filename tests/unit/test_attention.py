@@ -129,21 +129,6 @@ def test_flash_attention_4_is_given_wide_heads(heads: tuple[int, int], monkeypat
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_hundreds_of_segments_leave_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond 256 segments its kernels are trusted with heads of 128 only; torch's take the others."""
-    from modeling.ops import attention
-
-    ran = []
-    for name in ("flash_attention_4", "torch_varlen"):
-        monkeypatch.setitem(attention.VARLEN_BACKENDS, name, lambda q, k, v, n=name, **_: (ran.append(n), q)[1])
-    monkeypatch.setattr(attention, "select_varlen_backend", lambda *_: "flash_attention_4")
-    for dim, segments in ((72, 256), (72, 257), (128, 257), (64, 300)):
-        query = torch.zeros(segments, 2, dim)
-        options = {"max_seqlen": 1, "causal": False, "scale": 1.0}
-        varlen_attention(query, query, query, cu_seqlens=torch.arange(segments + 1).int(), **options)
-    assert ran == ["flash_attention_4", "torch_varlen", "flash_attention_4", "torch_varlen"]
-
-
 def test_kernel_of_a_first_call_is_kept() -> None:
     """The kernel that the package compiles for one call, and nothing of its own cache changed or used by that."""
     from modeling.ops import flash_attention_4

@@ -58,7 +58,11 @@ def make_package(launches: list[str]) -> ModuleType:
             AtomLayoutMdQ=1, AtomLayoutNdKV=2, dKV_swapAB=False,
         )  # fmt: skip
 
-    def forward(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse):
+    def forward(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse, **tile
+    ):  # fmt: skip
+        assert tile == (flash_attention_4._TILE if q.shape[-1] == 72 and not causal else {})
+
         def forward_kernel(q, k, v, out, lse, scale, cu_q, cu_k, *rest):
             launches.append("forward")
             assert len(rest) == 10 and isinstance(rest[7], package.AuxData)
