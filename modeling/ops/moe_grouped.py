@@ -40,6 +40,7 @@ def backward(
     take_rows: Callable[[torch.Tensor], torch.Tensor] | None,
     need_gate_up: bool,
     need_down: bool,
+    reuse_pre: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Adjoint of `row_weight[:, None] * forward(...)[1]`, its gradient given per source row as d_out (N, H).
 
@@ -47,11 +48,11 @@ def backward(
     token's rows, and is asked at once, so that they are gone before the largest weight gradient comes. Then
     d_row_weight (R,) fp32; d_gate_up_proj and d_down_proj in their parameters' shapes and dtypes. The routing weight
     enters after the matrix product, in fp32, and its gradient is <d_out @ down_proj, activation>, so the expert outputs
-    need not be kept.
+    need not be kept. reuse_pre: nobody needs pre any more, its memory may be written to.
     """
     d_y = d_out[source]  # (R, H), not yet times the routing weight
     d_act = grouped_linear(d_y, down_proj.transpose(1, 2), offsets)  # (R, I)
-    d_pre, weighted_act, d_row_weight = swiglu_backward(d_act, pre, row_weight)
+    d_pre, weighted_act, d_row_weight = swiglu_backward(d_act, pre, row_weight, in_place=reuse_pre)
     d_down = grouped_outer(d_y, weighted_act, offsets) if need_down else None
     del d_y, d_act, weighted_act  # each of a row's width: gone before the next ones come
     d_taken = None

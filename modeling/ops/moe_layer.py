@@ -93,11 +93,13 @@ def layer_backward(
     exchange: ExpertExchange | None,
     backend: str,
     needs: tuple[bool, bool, bool, bool],
+    reuse_pre: bool = False,
 ) -> Gradients:
     """d_rows_out = dispatch(d_out[token]), weights likewise;  the MLP's adjoint;  d_x = sum_k collect(d_rows);
     d_weight = collect(d_row_weight).  Sums throughout.
 
-    needs: which gradients are wanted, of hidden states, routing weights, gate_up_proj and down_proj.
+    needs: which gradients are wanted, of hidden states, routing weights, gate_up_proj and down_proj. reuse_pre: this is
+    the last use of pre, whose memory its gradient takes.
     """
     need_x, need_weights, need_gate_up, need_down = needs
     source, offsets = routing.token, routing.offsets
@@ -114,11 +116,18 @@ def layer_backward(
     d_x, d_row_weight, d_gate_up, d_down = backend_module(backend).backward(
         d_out, rows, source, offsets, pre, row_weight, gate_up_proj, down_proj,
         take_rows=sum_over_routes if need_x else None, need_gate_up=need_gate_up, need_down=need_down,
+        reuse_pre=reuse_pre,
     )  # fmt: skip
     if exchange is not None:
         d_row_weight = exchange.collect(d_row_weight)
     d_weights = d_row_weight.index_select(0, routing.position.flatten()).view_as(weights) if need_weights else None
     return d_x, d_weights, d_gate_up, d_down
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running was told to retain its graph, or PyTorch does not say."""
+    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return told is None or told()
 
 
 class _Experts(torch.autograd.Function):
@@ -146,6 +155,7 @@ class _Experts(torch.autograd.Function):
         rows, pre, weights, gate_up_proj, down_proj = ctx.saved_tensors
         routing, exchange, backend = ctx.rest
         gradients = layer_backward(
-            d_out, rows, pre, weights, gate_up_proj, down_proj, routing, exchange, backend, ctx.needs_input_grad[:4]
-        )
+            d_out, rows, pre, weights, gate_up_proj, down_proj, routing, exchange, backend, ctx.needs_input_grad[:4],
+            reuse_pre=not _graph_is_kept(),
+        )  # fmt: skip
         return *gradients, None, None, None

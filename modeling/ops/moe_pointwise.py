@@ -25,18 +25,20 @@ def swiglu(pre: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(
-    d_act: torch.Tensor, pre: torch.Tensor, row_weight: torch.Tensor
+    d_act: torch.Tensor, pre: torch.Tensor, row_weight: torch.Tensor, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The adjoint of `row_weight * swiglu(pre)`, and that product, which the down projection's gradient needs.
 
-    Args: d_act (R, I) the gradient of the weighted activation; pre (R, 2I); row_weight (R,) fp32.
+    Args: d_act (R, I) the gradient of the weighted activation; pre (R, 2I); row_weight (R,) fp32; in_place: d_pre
+        takes pre's memory.
     Returns: d_pre (R, 2I), weighted activation (R, I), both in pre's dtype, and d_row_weight (R,) fp32.
     """
     if use_triton(pre):
         from modeling.ops import moe_triton
 
-        return moe_triton.swiglu_backward(d_act, pre, row_weight)
-    return swiglu_backward_reference(d_act, pre, row_weight)
+        return moe_triton.swiglu_backward(d_act, pre, row_weight, in_place)
+    d_pre, weighted, d_row_weight = swiglu_backward_reference(d_act, pre, row_weight)
+    return pre.copy_(d_pre) if in_place else d_pre, weighted, d_row_weight
 
 
 def gather_sum(rows: torch.Tensor, position: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -112,13 +112,16 @@ def backward(
     take_rows: Callable[[torch.Tensor], torch.Tensor] | None,
     need_gate_up: bool,
     need_down: bool,
+    reuse_pre: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """See `moe_grouped.backward`."""
     d_out, x = d_out.contiguous(), x.contiguous()
     tiles = tiles_for(source.shape[0], down_proj)
     # quack could do SwiGLU's adjoint in this product's epilogue (gemm_dgated): as fast at I = 768, slower at 1,536.
     d_act = rows_product(d_out, down_proj, offsets, tiles.d_act, gather=source)  # (R, I)
-    d_pre, weighted_act, d_row_weight = moe_triton.swiglu_backward(d_act, pre, row_weight, interleaved=True)
+    d_pre, weighted_act, d_row_weight = moe_triton.swiglu_backward(
+        d_act, pre, row_weight, in_place=reuse_pre, interleaved=True
+    )
     del d_act
     d_taken = d_gate_up = d_down = None
     if need_down:

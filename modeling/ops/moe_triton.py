@@ -147,12 +147,12 @@ def _swiglu_backward_kernel(
 
 
 def swiglu_backward(
-    d_act: torch.Tensor, pre: torch.Tensor, row_weight: torch.Tensor, interleaved: bool = False
+    d_act: torch.Tensor, pre: torch.Tensor, row_weight: torch.Tensor, in_place: bool = False, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `moe_pointwise.swiglu_backward`. `interleaved`: pre and d_pre hold gate and up columns in turn."""
     d_act, pre, row_weight = d_act.contiguous(), pre.contiguous(), row_weight.contiguous()
     num_rows, intermediate = d_act.shape
-    d_pre, weighted = torch.empty_like(pre), torch.empty_like(d_act)
+    d_pre, weighted = pre if in_place else torch.empty_like(pre), torch.empty_like(d_act)
     d_row_weight = torch.empty(num_rows, dtype=torch.float32, device=pre.device)
     _swiglu_backward_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS),)](
         d_act,
@@ -167,6 +167,8 @@ def swiglu_backward(
         BLOCK_ROWS=_BLOCK_ROWS,
         BLOCK_I=_BLOCK_I,
     )
+    if in_place:
+        torch.autograd.graph.increment_version(pre)  # so that autograd sees what a kernel does unseen
     return d_pre, weighted, d_row_weight
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from modeling.ops import fused_moe, moe_pointwise
+from modeling.ops import fused_moe, moe_layer, moe_pointwise
 from modeling.ops.fused_moe import default_backend, fused_moe_forward
 from modeling.ops.moe_routing import lay_out_rows_reference, route_by_expert
 
@@ -107,6 +107,25 @@ def test_fp32_equals_upstream(shape: tuple[int, int, int, int, int], routes: str
     tokens, hidden, _, experts, top_k = shape
     inputs, index, gradient = make_inputs(shape), choose(routes, tokens, experts, top_k), torch.randn(tokens, hidden)
     assert_equal_to_rounding(run(inputs, index, gradient, backend), run_upstream(inputs, index, gradient))
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", *GPU_BACKENDS[1:]])
+def test_a_retained_graph_runs_again(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward writes over the pre-activation, but not where the graph stays; the control does, and is caught."""
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    inputs, index = make_inputs((37, 24, 16, 7, 3), dtype, device), choose("random", 37, 7, 3).to(device)
+    leaves = [t.requires_grad_() for t in inputs]
+    out = fused_moe_forward(leaves[0], index, *leaves[1:], backend=backend)
+    gradient = torch.randn(37, 24).to(out)
+    first, second = (torch.autograd.grad(out, leaves, gradient, retain_graph=True) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(moe_layer, "_graph_is_kept", lambda: False)
+        third = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out, leaves, gradient)
+    for one, *others in zip(first, second, third, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 @pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
@@ -330,6 +349,10 @@ def check_triton_kernels() -> None:
     d_alternate, *rest = moe_triton.swiglu_backward(d_act, alternate, weight, interleaved=True)
     torch.testing.assert_close(torch.cat([d_alternate[:, ::2], d_alternate[:, 1::2]], -1), expected[0])
     torch.testing.assert_close(rest, list(expected[1:]))
+    for columns, interleaved in ((pre.clone(), False), (alternate.clone(), True)):
+        elsewhere = moe_triton.swiglu_backward(d_act, columns, weight, interleaved=interleaved)
+        in_place = moe_triton.swiglu_backward(d_act, columns, weight, in_place=True, interleaved=interleaved)
+        assert in_place[0] is columns and all(map(torch.equal, in_place, elsewhere))
     values, position = torch.randn(rows, hidden), torch.randperm(rows).view(tokens, top_k).int()
     for w in (torch.rand(tokens, top_k), None):
         reference = moe_pointwise.gather_sum_reference(values, position, w)
