@@ -15,7 +15,6 @@ Letters: T tokens, K routes per token, E experts, e experts on this rank, H hidd
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 
 import torch
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from modeling.distributed.expert_parallel import local_experts
 from modeling.ops import moe_layer, moe_operator
 from modeling.ops.moe_grouped import row_invariant_linear
+from modeling.ops.quack_support import why_not_quack
 
 logger = logging.getLogger(__name__)
 
@@ -111,26 +111,10 @@ def default_backend(device: torch.device, dtype: torch.dtype, hidden_size: int, 
 
 @functools.cache
 def _decide(device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int) -> str:
-    backend, why = _choose_backend(device, dtype, hidden_size, intermediate_size)
+    reason = why_not_quack(device, dtype, hidden_size, intermediate_size)
+    backend, why = ("quack", "Hopper, with quack-kernels installed") if reason is None else ("grouped_mm", reason)
     logger.info("expert backend on %s in %s: %s (%s)", device, dtype, backend, why)
     return backend
-
-
-def _choose_backend(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int
-) -> tuple[str, str]:
-    if device.type != "cuda":
-        return "grouped_mm", "quack needs a CUDA device"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "grouped_mm", "quack computes in 16 bits"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return "grouped_mm", f"quack is tuned for compute capability 9.0 (Hopper), this is {major}.{minor}"
-    if hidden_size % 8 or intermediate_size % 8:
-        return "grouped_mm", f"quack needs widths divisible by 8, these are {hidden_size} and {intermediate_size}"
-    if importlib.util.find_spec("quack") is None:
-        return "grouped_mm", "quack-kernels is not installed; pip install 'qwen3-vl-moe-veomni[hopper]'"
-    return "quack", "Hopper, with quack-kernels installed"
 
 
 def _check(

@@ -3,7 +3,7 @@
 Between forward and backward they keep the block's input, attention's output and the sum of the two: 3 P x H values,
 where the modules, one by one, keep 15. Backward makes the norms, the query-key-value projection (unless told to keep
 that, 3 more) and the MLP's first product again. Biases, residual sums and the sums over patches ride in the kernels
-that move the data; the products are the framework's own.
+that move the data; the products are the framework's own, but for one of quack's (`gelu_product_backward_`).
 
     residual, attended = norm_attention(x, ...)              h = LN(x);  q, k, v = h Wqkv + b, q and k turned; attention
     out = project_and_mlp(attended, residual, ...)           t = residual + attended Wp + b;  t + MLP(LN(t))
@@ -27,7 +27,7 @@ from modeling.ops.module_hooks import has_hooks
 from modeling.ops.triton_support import use_triton
 from modeling.ops.vision_pointwise import (
     add_layer_norm,
-    gelu_backward_,
+    gelu_product_backward_,
     layer_norm,
     layer_norm_backward,
     linear_gelu,
@@ -200,8 +200,8 @@ class _ProjectAndMLP(torch.autograd.Function):
         needs = ctx.needs_input_grad
         d_out = d_out.contiguous()
         h = layer_norm(total, norm_weight, norm_bias, ctx.eps)[0]
-        act, d_pre = torch.addmm(bias1, h, weight1.T), d_out @ weight2  # (P, I); in place from here on
-        d_bias1 = gelu_backward_(act, d_pre)
+        act = torch.addmm(bias1, h, weight1.T)  # (P, I), of GELU's input until the next line
+        d_pre, d_bias1 = gelu_product_backward_(d_out, weight2, act)
         d_weight2 = d_out.T @ act if needs[8] else None
         del act
         d_weight1 = d_pre.T @ h if needs[6] else None

@@ -1,4 +1,5 @@
-"""The element-wise steps of a vision block, each once as readable torch and once as a Triton kernel.
+"""The steps of a vision block: the element-wise ones, each once as readable torch and once as a Triton kernel, and the
+products that end in one.
 
 A caller names neither: tensors on a CUDA device go to the kernel (`vision_triton.py`), all others to the reference in
 this file, which is also what the kernel is tested against. Arithmetic is fp32 whatever the storage, rounded once on the
@@ -14,6 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from modeling.ops.quack_support import why_not_quack
 from modeling.ops.rotary import rotate_reference
 from modeling.ops.triton_support import use_triton
 
@@ -88,6 +90,23 @@ def gelu_backward_(pre: torch.Tensor, d_act: torch.Tensor) -> torch.Tensor:
 
         return vision_triton.gelu_backward_(pre, d_act)
     return gelu_backward_reference_(pre, d_act)
+
+
+def gelu_product_backward_(
+    d_out: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adjoint of gelu(pre) @ weight.T in pre (P, I), for d_out (P, H) and weight (H, I); GELU's tanh form.
+
+    In place pre becomes gelu(pre). Returns the gradient of pre and its sum over patches (I,). On Hopper, where quack is
+    installed, one kernel does all of it (`vision_quack.py`).
+    """
+    aligned = weight.data_ptr() % 16 == 0  # a matter of course, but for a weight in somebody's flat buffer
+    if use_triton(pre) and aligned and why_not_quack(pre.device, pre.dtype, *weight.shape) is None:
+        from modeling.ops import vision_quack
+
+        return vision_quack.gelu_product_backward_(d_out, weight, pre)
+    d_pre = d_out @ weight
+    return d_pre, gelu_backward_(pre, d_pre)
 
 
 def rotate_joint_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

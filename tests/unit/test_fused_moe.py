@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from modeling.ops import fused_moe, moe_layer, moe_pointwise
+from modeling.ops import fused_moe, moe_layer, moe_pointwise, quack_support
 from modeling.ops.fused_moe import default_backend, fused_moe_forward
 from modeling.ops.moe_routing import lay_out_rows_reference, route_by_expert
 
@@ -319,12 +319,14 @@ def test_default_backend_is_chosen_once_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    fused_moe._decide.cache_clear()
+    for cached in (fused_moe._decide, quack_support.why_not_quack):
+        cached.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(fused_moe.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(quack_support.importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, logger=fused_moe.__name__):
         assert [default_backend(torch.device(device), dtype, *sizes) for _ in range(3)] == [backend] * 3
-    fused_moe._decide.cache_clear()
+    for cached in (fused_moe._decide, quack_support.why_not_quack):
+        cached.cache_clear()
     assert len(caplog.messages) == 1 and backend in caplog.messages[0] and why in caplog.messages[0]
 
 

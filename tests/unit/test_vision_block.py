@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from modeling import ops
 from modeling.ops import attention, flash_attention_4, vision_block, vision_pointwise
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig
 from modeling.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention, Qwen3VLMoeVisionBlock
@@ -79,7 +81,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flash_attention_4, "forward", forward)
     monkeypatch.setattr(flash_attention_4, "backward", backward)
-    monkeypatch.setattr(Qwen3VLMoeVisionAttention, "runs_flash_attention_4", lambda self, hidden, segments: True)
+    monkeypatch.setattr(Qwen3VLMoeVisionAttention, "runs_flash_attention_4", lambda self, hidden: True)
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -167,6 +169,41 @@ def test_keeps_a_fifth(fused: None, flash: None, monkeypatch: pytest.MonkeyPatch
     assert kept(block) > 14
 
 
+@pytest.mark.parametrize(("reason", "aligned", "asked"), [(None, True, 1), (None, False, 0), ("no Hopper", True, 0)])
+def test_quack_is_asked_where_it_runs(
+    reason: str | None, aligned: bool, asked: int, fused: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its place in the block's gradients is that of the two steps it replaces."""
+    real, counted = vision_pointwise.gelu_backward_reference_, []
+
+    def stand_in(d_out: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counted.append(weight.shape)
+        d_pre = d_out @ weight
+        return d_pre, real(pre, d_pre)
+
+    block = make_block()
+    if not aligned:
+        room = torch.empty(48 * 80 + 1)
+        block.mlp.linear_fc2.weight.data = room[1:].view(48, 80).copy_(block.mlp.linear_fc2.weight.data)
+    given = inputs(block)
+    wanted = outputs_and_gradients(block, given)
+    module = SimpleNamespace(gelu_product_backward_=stand_in)
+    monkeypatch.setitem(sys.modules, "modeling.ops.vision_quack", module)
+    monkeypatch.setattr(ops, "vision_quack", module, raising=False)
+    monkeypatch.setattr(vision_pointwise, "why_not_quack", lambda *what: reason)
+    kernels = SimpleNamespace(
+        **{name: getattr(vision_pointwise, name.rstrip("_") + "_reference" + "_" * name.endswith("_"))
+           for name in ("layer_norm", "layer_norm_backward", "gelu_backward_", "rotate_joint_backward_")}
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "modeling.ops.vision_triton", kernels)
+    monkeypatch.setattr(ops, "vision_triton", kernels, raising=False)
+    monkeypatch.setattr(vision_pointwise, "use_triton", lambda tensor: tensor.shape[-1] == 80)
+    found = outputs_and_gradients(block, given)
+    assert counted == [(48, 80)] * asked
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name])
+
+
 def test_frozen_parts(fused: None) -> None:
     block = make_block()
     given = inputs(block)
@@ -239,6 +276,11 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float) -> None:
         wanted = vision_pointwise.gelu_backward_reference_(wanted_act, wanted_d)
         total = vision_pointwise.gelu_backward_(pre, d_act)
         close((total, pre, d_act), (wanted, wanted_act, wanted_d))
+        pre, d_out, weight = draw(P, 2 * H), draw(P, H), draw(H, 2 * H)
+        exact = pre.clone().float()
+        d_pre = d_out.float() @ weight.float()
+        wanted = vision_pointwise.gelu_backward_reference_(exact, d_pre)
+        close((*vision_pointwise.gelu_product_backward_(d_out, weight, pre), pre), (d_pre, wanted, exact))
     for P, N, D in ((5, 3, 8), (130, 2, 72), (70, 16, 72)):
         angles = torch.rand(P, D // 2, generator=generator).mul(6).repeat(1, 2).to(device)
         tables = (angles.cos(), angles.sin())
