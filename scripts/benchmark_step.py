@@ -13,6 +13,7 @@ quack and flash-attn 4 come from the environment.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -309,7 +310,9 @@ def main() -> None:
     parser.add_argument("--vision-recompute", nargs="+", default=["none"], choices=["none", "full", "selective"])
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--loss-chunk", type=int, default=8192, help="loss_chunk_size of this project's config")
-    parser.add_argument("--keep-qkv", type=int, default=4, help="keep_qkv_blocks of this project's vision config")
+    parser.add_argument(
+        "--keep-qkv", type=int, nargs="+", default=[7, 27], help="keep_qkv_blocks of this project's vision config, each"
+    )
     parser.add_argument("--skip-transformers", action="store_true")
     parser.add_argument("--veomni", type=Path, metavar="FOLDER", help="packages of VeOmni's environment; see above")
     parser.add_argument("--veomni-triton", action="store_true", help="VeOmni also with Triton experts and sdpa")
@@ -320,12 +323,13 @@ def main() -> None:
     print_description(description)
     samples = features(args.samples, 151655)
     runs: dict[str, Callable[..., dict[str, Any]]] = {}
-    for recompute in args.vision_recompute:
-        for compiled in {"no": [False], "yes": [True], "both": [True, False]}[args.compile]:
-            name = "this project" + (", compiled" if compiled else "")
-            name += "" if recompute == "none" else f", vision recompute {recompute}"
-            chosen = (recompute, compiled, args.loss_chunk, args.keep_qkv)
-            runs[name] = partial(run_ours, args.layers, samples, *chosen, args.repeats)
+    compilations = {"no": [False], "yes": [True], "both": [True, False]}[args.compile]
+    for recompute, compiled, keep_qkv in itertools.product(args.vision_recompute, compilations, args.keep_qkv):
+        name = "this project" + (", compiled" if compiled else "")
+        name += "" if recompute == "none" else f", vision recompute {recompute}"
+        name += "" if keep_qkv == args.keep_qkv[0] else f", {keep_qkv} blocks keep query, key and value"
+        chosen = (recompute, compiled, args.loss_chunk, keep_qkv)
+        runs[name] = partial(run_ours, args.layers, samples, *chosen, args.repeats)
     if not args.skip_transformers:
         runs["transformers"] = partial(run_transformers, args.layers, samples, args.repeats)
     if args.veomni is not None:
