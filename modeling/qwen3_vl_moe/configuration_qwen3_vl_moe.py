@@ -74,5 +74,14 @@ class Qwen3VLMoeConfig(upstream.Qwen3VLMoeConfig):
     sub_configs = {"vision_config": Qwen3VLMoeVisionConfig, "text_config": Qwen3VLMoeTextConfig}
     sub_configs_defaults = {"vision_config": Qwen3VLMoeVisionConfig, "text_config": Qwen3VLMoeTextConfig}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: the number of experts and the rotary angles also by the names of published
+        checkpoints. Releases before transformers 5 know no others, and would take their defaults without a word."""
+        written = super().to_diff_dict()
+        rope = dict(self.text_config.rope_parameters)
+        older = {"num_experts": self.text_config.num_experts, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+        written["text_config"] = written.get("text_config", {}) | older
+        return written
+
 
 __all__ = ["Qwen3VLMoeConfig", "Qwen3VLMoeTextConfig", "Qwen3VLMoeVisionConfig"]
