@@ -79,7 +79,8 @@ class Qwen3VLMoeConfig(upstream.Qwen3VLMoeConfig):
         checkpoints. Releases before transformers 5 know no others, and would take their defaults without a word."""
         written = super().to_diff_dict()
         rope = dict(self.text_config.rope_parameters)
-        older = {"num_experts": self.text_config.num_experts, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+        theta = rope.pop("rope_theta")
+        older = {"rope_theta": theta, "rope_scaling": rope, "num_experts": self.text_config.num_experts}
         written["text_config"] = written.get("text_config", {}) | older
         return written
 

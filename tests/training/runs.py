@@ -1,10 +1,12 @@
 """Runs of the trainer as tests use them: small, quiet, on the CPU; what they logged; ranks of a pool that run one."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from unittest import mock
 
@@ -86,6 +88,13 @@ def stopped_on_one_rank(options: TrainOptions, step: int) -> int:
 
     with at_step(step, stop):
         return run_rank(options)
+
+
+def killed_behind(step: int, delay: float, last: int, arguments: list[str]) -> None:
+    """The command, in a process that is killed `delay` seconds behind `step`; it does not get past step `last`."""
+    kill = Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+    with at_step(step, kill.start), at_step(last, kill.join):
+        main(arguments)
 
 
 def read_json(path: Path) -> Any:

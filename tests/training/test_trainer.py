@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -154,27 +153,16 @@ def test_an_ignored_interrupt_stays_ignored(interrupt: Callable[[Any], None]):
 def test_sigkill_falls_back_to_the_newest_checkpoint(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
     """Killed behind any step with a checkpoint at every second: what was logged behind it is logged again."""
     out = tmp_path / "run"
-    after = random.SystemRandom().randint(1, STEPS - 2)
-    print(f"killed after step {after}")
+    after, delay = random.SystemRandom().randint(1, STEPS - 2), random.SystemRandom().uniform(0, 0.5)
+    print(f"killed {delay:.3f} s after step {after}")
     options = options_of(tiny_hub, chats, out, max_steps=STEPS, save_every=2)
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        command = [sys.executable, "scripts/train.py", *arguments_of(options)]
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=file, stderr=file)
-        deadline = time.monotonic() + 240
-        while len(read_complete(out)) < after and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, log.read_text()
+    code = f"from tests.training import runs; runs.killed_behind({after}, {delay}, {STEPS}, {arguments_of(options)})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     # What a kill in mid-write leaves: it must be neither read nor in the way.
     (out / "checkpoints" / "step-00000006.partial").mkdir(parents=True, exist_ok=True)
     assert run(options) == 0
     assert curve(out) == curve(undisturbed)
-
-
-def read_complete(out: Path) -> list[str]:
-    path = out / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_export_by_command(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path):
