@@ -1140,6 +1140,24 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
         vocab_size = self.config.text_config.vocab_size
         return make_metadata_collate_func(vision.num_position_embeddings, vision.spatial_merge_size, vocab_size)
 
+    def _balancing_loss(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        length: int,
+        tail_padding_length: int,
+        state: ParallelState,
+    ) -> torch.Tensor:
+        """The load-balancing loss of raw router logits, (T, E) per layer. Without padding: the mask's (B, S), or that
+        at a packed row's end, of which `length` tokens are this rank's."""
+        if tail_padding_length or state.sp_enabled:
+            real = length * (state.sp_size - state.sp_rank) - tail_padding_length
+            router_logits, attention_mask = tuple(logits[: max(real, 0)] for logits in router_logits), None
+        config = self.config.text_config
+        return load_balancing_loss_func(
+            router_logits, config.num_experts, config.num_experts_per_tok, attention_mask, group=state.world_group
+        )
+
     @can_return_tuple
     def forward(
         self,
@@ -1239,19 +1257,8 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
 
         aux_loss = None
         if output_router_logits and outputs.router_logits:
-            router_logits = outputs.router_logits
-            if tail_padding_length or state.sp_enabled:
-                length = hidden_states.shape[1]
-                real = length * (state.sp_size - state.sp_rank) - tail_padding_length
-                router_logits = tuple(logits[: max(real, 0)] for logits in router_logits)
-                attention_mask = None
-            aux_loss = load_balancing_loss_func(
-                router_logits,
-                text_config.num_experts,
-                text_config.num_experts_per_tok,
-                attention_mask,
-                group=state.world_group,
-            )
+            length = hidden_states.shape[1]
+            aux_loss = self._balancing_loss(outputs.router_logits, attention_mask, length, tail_padding_length, state)
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
