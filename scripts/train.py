@@ -62,6 +62,8 @@ def build_model(options: TrainOptions, state: ParallelState) -> tuple[Any, Any]:
         config.text_config.moe_backend = options.moe_backend
     if options.loss_chunk_size:
         config.text_config.loss_chunk_size = options.loss_chunk_size
+    if options.keep_qkv_blocks:
+        config.vision_config.keep_qkv_blocks = min(options.keep_qkv_blocks, config.vision_config.depth)
     with torch.device("meta"):
         model = Qwen3VLMoeForCausalLM(config)
     lora = None

@@ -62,6 +62,9 @@ class TrainOptions:
     attention: str = _option("", "attn_implementation of the model; empty for its own choice")
     moe_backend: str = _option("", "kernel of the experts; empty for the model's own choice")
     loss_chunk_size: int = _option(0, "tokens whose logits exist at a time; 0 for the model's own choice")
+    keep_qkv_blocks: int = _option(
+        0, "last blocks of the vision tower that keep query, key and value for backward, more memory for less time"
+    )
 
     lr: float = _option(1e-5, "peak learning rate", section="optimizer")
     lr_vit: float = _option(-1.0, "of the vision tower; negative for lr")
@@ -114,6 +117,9 @@ class TrainOptions:
         for name in ("max_steps", "pack_tokens", "pack_buffer", "accumulation", "log_every", "router_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it is at least 1.")
+        for name in ("loss_chunk_size", "keep_qkv_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; it is at least 0.")
         if self.lora != "none" and self.freeze:
             raise ValueError(f"lora={self.lora!r} freezes everything but adapters; leave out freeze={self.freeze}.")
         if set(self.freeze) == set(PARTS):

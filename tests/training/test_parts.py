@@ -56,6 +56,8 @@ def test_json_is_a_config_file_too_and_what_a_run_writes_reads_back(tmp_path: Pa
         (["--out", "o", "--data", "d"], "", "--model is missing"),
         (["--model", "m", "--out", "o"], "", "--data is missing"),
         ([*NEEDED, "--accumulation", "0"], "", "accumulation=0; it is at least 1"),
+        ([*NEEDED, "--loss-chunk-size", "-1"], "", "loss_chunk_size=-1; it is at least 0"),
+        ([*NEEDED, "--keep-qkv-blocks", "-1"], "", "keep_qkv_blocks=-1; it is at least 0"),
         ([*NEEDED, "--max-length", "9000"], "", "max_length=9000 exceeds pack_tokens=8192"),
         ([*NEEDED, "--freeze", "vit", "merger", "lm"], "", "every part is frozen"),
         ([*NEEDED, "--freeze", "vit", "--lora", "attention"], "", "leave out freeze"),

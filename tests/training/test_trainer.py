@@ -294,6 +294,14 @@ def test_accumulation_of_four_is_one_large_batch(make: Any):
         assert error < 1e-5 or expected.norm() < 1e-7, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("kept", [1, 99])
+def test_options_of_memory_reach_the_model(make: Any, kept: int):
+    model = make(loss_chunk_size=7, keep_qkv_blocks=kept).model
+    assert model.config.text_config.loss_chunk_size == 7
+    keeps = [block.keep_qkv for block in model.model.visual.blocks]
+    assert sum(keeps) == min(kept, len(keeps)) and keeps[-1]
+
+
 def test_frozen_parts_and_rates_of_their_own(make: Any):
     """A frozen tower stays bit for bit, a rate of 0 too; the rest moves."""
     made = make(freeze=["vit"], lr_merger=0.0, max_steps=1, weight_decay=0.1)
