@@ -4,6 +4,7 @@ Every check compares shapes and CPU values: none waits for the device.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,18 +41,37 @@ def normalize_position_ids(
     return position_ids, None
 
 
-def check_packing(batch_size: int, past_length: int, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
-    """Raise a ValueError unless a packed batch is one row, without a cache, with its longest segment as an int."""
-    if batch_size != 1 or past_length:
+def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """Raise a ValueError unless exactly one is given, of shape (B, S) or (B, S, H)."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+    for name, tensor, shape in (("input_ids", input_ids, "(B, S)"), ("inputs_embeds", inputs_embeds, "(B, S, H)")):
+        if tensor is not None and tensor.ndim != 1 + shape.count(","):
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def check_packing(batch_size: int, length: int, cached: bool, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+    """Raise a ValueError unless a packed batch is one row of `length` tokens (of all ranks), without a cache, with its
+    longest segment as an int. Boundaries that lie on a GPU are taken as they are."""
+    if batch_size != 1 or cached:
         raise ValueError(
-            f"cu_seq_lens_q describes samples packed into one row; got a batch of {batch_size} and {past_length} "
-            "cached tokens. Pack the samples into shape (1, S), or pass attention_mask instead of cu_seq_lens_q."
+            f"cu_seq_lens_q describes samples packed into one row; got a batch of {batch_size}"
+            f"{' and a cache of keys and values' if cached else ''}. Pack the samples into shape (1, S) with "
+            "use_cache=False, or pass attention_mask instead of cu_seq_lens_q."
         )
     if cu_seqlens.ndim != 1 or not isinstance(max_seqlen, int) or max_seqlen < 1:
         raise ValueError(
             "cu_seq_lens_q must have shape (segments + 1,) and max_length_q be a Python int (no device sync); got "
             f"shape {tuple(cu_seqlens.shape)} and {max_seqlen!r}."
         )
+    if cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        sizes = [end - begin for begin, end in pairwise(bounds)]
+        if not sizes or bounds[0] != 0 or bounds[-1] != length or min(sizes) < 0 or max(sizes) > max_seqlen:
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to the row's {length} tokens, in steps of at most max_length_q="
+                f"{max_seqlen}; got {bounds[:8]}{' ...' if len(bounds) > 8 else ''}."
+            )
 
 
 def check_attention_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> None:

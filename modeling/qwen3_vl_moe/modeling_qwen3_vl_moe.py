@@ -70,6 +70,7 @@ from modeling.qwen3_vl_moe.inputs import (
     VisualInput,
     check_attention_mask,
     check_packing,
+    check_tokens,
     normalize_position_ids,
 )
 from modeling.qwen3_vl_moe.parallel_plan import check_parallel_state, get_parallel_plan
@@ -737,8 +738,7 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
             last_hidden_state (B, S, H) after the final norm; hidden_states, attentions and router_logits (raw, (T, E)
             per MoE layer) on request, with upstream's meaning: a layer's own output, deepstack not yet added.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        check_tokens(input_ids, inputs_embeds)
         past_key_values = one_cache(past_key_values, cache)
         state = get_parallel_state()
         if state.sp_enabled and (cu_seq_lens_q is None or position_ids is None):
@@ -750,7 +750,7 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length, _ = inputs_embeds.shape
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and cu_seq_lens_q is None
         if use_cache and past_key_values is None and cu_seq_lens_q is None:
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -762,7 +762,8 @@ class Qwen3VLMoeTextModel(Qwen3VLMoePreTrainedModel):
         )
 
         if cu_seq_lens_q is not None:
-            check_packing(batch_size, past_length, cu_seq_lens_q, max_length_q)
+            cached = use_cache or past_key_values is not None
+            check_packing(batch_size, length * state.sp_size, cached, cu_seq_lens_q, max_length_q)
             attention_mask = None
         else:
             check_attention_mask(attention_mask, batch_size, past_length + length)
@@ -1017,8 +1018,7 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """See `Qwen3VLMoeForConditionalGeneration.forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds.")
+        check_tokens(input_ids, inputs_embeds)
         past_key_values = one_cache(past_key_values, cache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         collated = multimodal_metadata is not None

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeForCausalLM
 from tests.features import InputsOf, feature_of, pack
@@ -78,6 +79,22 @@ def test_packed_batches(ours: torch.nn.Module, inputs_of: InputsOf) -> None:
         ours(**two_rows, max_length_q=batch["max_length_q"])
     with pytest.raises(ValueError, match="max_length_q be a Python int"):
         ours(**batch | {"max_length_q": torch.tensor(3)})
+    length = batch["input_ids"].shape[1]
+    for bounds in ([0, 4, length - 1], [1, 4, length], [4, length], [0, 4, length + 1], [0, 9, 4, length], [length]):
+        with pytest.raises(ValueError, match=rf"must rise from 0 to the row's {length} tokens"):
+            ours(**batch | {"cu_seq_lens_q": torch.tensor(bounds).int(), "max_length_q": length})
+    with pytest.raises(ValueError, match=rf"in steps of at most max_length_q={batch['max_length_q'] - 1}"):
+        ours(**batch | {"max_length_q": batch["max_length_q"] - 1})
+    for cache in ({"use_cache": True}, {"past_key_values": DynamicCache()}):
+        with pytest.raises(ValueError, match="a batch of 1 and a cache of keys and values"):
+            ours(**batch, **cache)
+
+
+def test_a_row_without_its_batch(ours: torch.nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"input_ids must have shape \(B, S\), got \(7,\)"):
+        ours(input_ids=torch.arange(7))
+    with pytest.raises(ValueError, match=r"inputs_embeds must have shape \(B, S, H\), got \(7, 5\)"):
+        ours(inputs_embeds=torch.zeros(7, 5))
 
 
 def test_unknown_moe_implementation(ours: torch.nn.Module) -> None:
