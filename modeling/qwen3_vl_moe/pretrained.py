@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.modeling_utils import PreTrainedModel
 
+from conversion.checkpoint import EP_INDEX, MANIFEST
 from conversion.layout import Stamp, detect_layout, logical_name, pack, read_stamp, stamp_metadata
 
 LOADABLE = ("hub", "fused")
@@ -81,7 +82,8 @@ def write_shards(tensors: dict[str, Any], folder: Path, max_shard_size: str | in
     for filename, names in split.filename_to_tensors.items():
         values = {name: tensors[name].detach().contiguous() for name in names}
         save_file(values, folder / f"{filename}.partial", metadata=metadata)
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    for index_of_old in ("model.safetensors.index.json", EP_INDEX, MANIFEST):
+        (folder / index_of_old).unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors"):
         old.unlink()
     for filename in split.filename_to_tensors:

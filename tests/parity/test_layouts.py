@@ -56,6 +56,16 @@ def test_save_pretrained(ours: torch.nn.Module, tmp_path: Path, layout: str) -> 
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
 
 
+def test_a_save_replaces_another_layout_whole(ours: torch.nn.Module, tiny_hub: Path, tmp_path: Path) -> None:
+    """Nothing of an expert-parallel checkpoint stays in its folder to contradict what is there now."""
+    folder = convert("hf_to_veomni.py", tiny_hub, tmp_path / "folder", "--target", "ep-sharded", "--ep-size", "4")
+    ours.save_pretrained(folder)
+    left = [path.name for path in folder.iterdir() if path.name.startswith("model") or "manifest" in path.name]
+    assert left == ["model.safetensors"]
+    exported = convert("veomni_to_hf.py", folder, tmp_path / "hub")
+    assert same_parameters(Upstream.from_pretrained(exported), ours)
+
+
 def test_upstreams_own_save_is_read(upstream: torch.nn.Module, tmp_path: Path) -> None:
     upstream.save_pretrained(tmp_path)
     assert same_parameters(Qwen3VLMoeForCausalLM.from_pretrained(tmp_path), upstream)
