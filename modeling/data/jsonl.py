@@ -52,7 +52,7 @@ class JsonlFiles:
         self.paths = [Path(path) for path in paths]
         missing = [str(path) for path in self.paths if not path.is_file()]
         if missing or not self.paths:
-            raise ValueError(f"data files that do not exist: {', '.join(missing) or 'none were named'}.")
+            raise ValueError(f"data files that do not exist or are folders: {', '.join(missing) or 'none were named'}.")
         self.starts = [line_starts(path) for path in self.paths]  # tensors: spawned workers share their memory
         self.bounds = torch.tensor([0, *map(len, self.starts)]).cumsum(0).tolist()
         if not len(self):
@@ -76,7 +76,10 @@ class JsonlFiles:
         offset, size, _ = self.starts[which][number - self.bounds[which]].tolist()
         with self.paths[which].open("rb") as file:
             file.seek(offset)
-            return json.loads(file.read(size).decode("utf-8"))
+            try:
+                return json.loads(file.read(size).decode("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"not JSON: {error}") from error
 
 
 class JsonlFeatures(torch.utils.data.Dataset):

@@ -28,6 +28,7 @@ from modeling.data.collator import IGNORE_INDEX
 from modeling.qwen3_vl_moe.position_ids import IMAGE_INPUT_INDEX, VIDEO_INPUT_INDEX
 
 ON_CUT_IMAGE = ("drop", "error")
+MEDIA_KEYS = ("image", "images", "video", "videos")  # where other formats keep what here stands in a message
 # A message that holds one of these could open a turn or an image of its own.
 CONTROL_TOKENS = (
     "<|im_start|>",
@@ -281,6 +282,11 @@ def process_sample(
     """
     if on_cut_image not in ON_CUT_IMAGE:
         raise ValueError(f"on_cut_image={on_cut_image!r}; choose one of {', '.join(map(repr, ON_CUT_IMAGE))}.")
+    if beside := [key for key in MEDIA_KEYS if sample.get(key)]:
+        raise ValueError(
+            f"{', '.join(beside)} beside messages would not be read; name each where it stands in a message's content: "
+            '{"type": "image", "image": "path"}'
+        )
     messages = check_messages(sample.get("messages"))
     outputs = _run_processor(processor, messages, media_root)
     ids = outputs["input_ids"][0]

@@ -109,6 +109,7 @@ class Trainer:
         self.model, self.optimizer, self.stream, self.checkpoints = model, optimizer, stream, checkpoints
         self.options, self.state = options, state
         self.folder = Path(options.out)
+        self.reported: set[tuple[str, int]] = set()  # bad samples in the file of them
         self.progress = Progress()
         self.position = stream.position
         self.schedule = Schedule(optimizer, options)
@@ -181,10 +182,13 @@ class Trainer:
         )
 
     def _report_bad(self, bad: list[Any]) -> None:
-        if not bad or self.state.sp_rank != 0:
+        fresh = {(sample.file, sample.line): sample for sample in bad}  # not in every epoch again
+        fresh = {place: sample for place, sample in fresh.items() if place not in self.reported}
+        if not fresh or self.state.sp_rank != 0:
             return
+        self.reported |= fresh.keys()
         with (self.folder / f"bad_samples.{self.state.dp_rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(sample)) + "\n" for sample in bad)
+            file.writelines(json.dumps(vars(sample)) + "\n" for sample in fresh.values())
 
     def _filler(self) -> dict[str, Any]:
         """A batch of padding, for a rank that has run out of samples while others have not."""

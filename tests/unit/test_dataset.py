@@ -71,7 +71,7 @@ def test_lines_are_found(numbers: JsonlFiles):
 
 def test_missing_and_empty_files_are_errors(tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"do not exist: .*gone\.jsonl"):
+    with pytest.raises(ValueError, match=r"do not exist or are folders: .*gone\.jsonl"):
         JsonlFiles([tmp_path / "empty.jsonl", tmp_path / "gone.jsonl"])
     with pytest.raises(ValueError, match="hold 0 samples"):
         JsonlFiles([tmp_path / "empty.jsonl"])
@@ -288,7 +288,7 @@ def test_a_thousand_samples_with_fifty_broken(thousand: tuple[JsonlFiles, list[i
 def test_fail_names_file_line_and_cause(thousand: tuple[JsonlFiles, list[int]], transform: "partial[Feature]"):
     files, broken = thousand
     stream = PackedStream(files, transform, as_ids, 512, seed=None, on_bad_sample="fail")
-    with pytest.raises(ValueError, match=rf"chats\.jsonl:{broken[0]}: Expecting"):
+    with pytest.raises(ValueError, match=rf"chats\.jsonl:{broken[0]}: not JSON: Expecting"):
         list(stream)
 
 

@@ -213,6 +213,14 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize("key", ["images", "video"])
+def test_media_beside_the_messages_are_not_left_out_silently(tiny_processor: Any, key: str):
+    sample = {"messages": [{"role": "user", "content": "<image> What?"}, assistant("A cat.")], key: ["cat.png"]}
+    with pytest.raises(ValueError, match=f"{key} beside messages would not be read"):
+        process_sample(sample, tiny_processor, make_position_id_func(2))
+    process_sample(sample | {key: []}, tiny_processor, make_position_id_func(2))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_samples_are_named(process: Process, name: str):
     messages, expected = BAD[name]
