@@ -10,6 +10,7 @@ metrics.jsonl, router.jsonl, tensorboard/, checkpoints/, the plots and, at the e
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 from modeling.data.collator import SequenceParallelCollator
 from modeling.data.jsonl import JsonlFiles
 from modeling.data.streaming import PackedStream
-from modeling.distributed.checkpoint import export_checkpoint, load_checkpoint
+from modeling.distributed.checkpoint import check_checkpoint_folder, export_checkpoint, load_checkpoint
 from modeling.distributed.encoder_data_balance import EncoderDataBalancer
 from modeling.distributed.failures import RankFailure, fail_together
 from modeling.distributed.parallel_state import ParallelState, init_parallel_state, set_parallel_state
@@ -44,6 +45,8 @@ def start_processes(options: TrainOptions) -> ParallelState:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator.type
     device = device or "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; leave the option out, or give cpu.")
     if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="train"), "store"), 1)
@@ -134,8 +137,11 @@ def transform_sample(sample: Any, folder: Path, **arguments: Any) -> dict[str, t
     return process_sample(sample, media_root=folder, **arguments)
 
 
-def export(options: TrainOptions, model: Any, lora: Any, step: int) -> list[Path]:
-    """Write the trained model, and the adapter where there is one; adapters are merged into the model by this."""
+def export(options: TrainOptions, model: Any, lora: Any, step: int, again: bool = False) -> list[Path]:
+    """Write the trained model, and the adapter where there is one; adapters are merged into the model by this.
+
+    again: also where this step's export exists, which gives way when the new one is whole.
+    """
     written = []
     if lora is not None:
         from modeling.training.lora import merge_and_remove, save_adapter
@@ -145,7 +151,7 @@ def export(options: TrainOptions, model: Any, lora: Any, step: int) -> list[Path
         merge_and_remove(model)
     folder = Path(options.out) / f"export-{step}"
     written.append(folder)
-    if not folder.exists():  # else an earlier end of this run wrote it
+    if again or not folder.exists():  # else an earlier end of this run wrote it
         source = Qwen3VLMoeConfig.from_pretrained(options.model)
         dtype = options.export_dtype or str(source.dtype or "float32")
         # The run's choices, not the model's.
@@ -157,6 +163,7 @@ def export(options: TrainOptions, model: Any, lora: Any, step: int) -> list[Path
             layout=options.export_layout,
             dtype=getattr(torch, dtype.removeprefix("torch.")),
             companions=options.model,
+            replace=again,
         )
     return written
 
@@ -167,15 +174,19 @@ def export_newest(options: TrainOptions, model: Any, lora: Any, optimizer: Any, 
     if step is None:
         raise ValueError(f"{options.out} has no checkpoint to export; train first.")
     checkpoints.load(step, model, optimizer)
-    written = export(options, model, lora, step)
+    written = export(options, model, lora, step, again=True)
     if checkpoints.state.rank == 0:
         print(f"step {step}: {', '.join(map(str, written))}")
 
 
 def train(options: TrainOptions) -> int:
     """One run, from its newest checkpoint to its end."""
+    if options.export_only:  # on whatever ranks there are now: the run's mesh is of no interest, parameters are shared
+        options = replace(options, dp_shard=0, dp_replicate=1, sp=1, ep=1, balance_encoder=False)
     state = start_processes(options)
     folder, is_first = Path(options.out), state.rank == 0
+    with fail_together(state.world_group):
+        check_checkpoint_folder(Path(options.model))
     model, lora = build_model(options, state)
     optimizer = make_optimizer(model, options, state.device_type)
     checkpoints = Checkpoints(folder / "checkpoints", state, options.keep, options.async_save)
@@ -185,14 +196,15 @@ def train(options: TrainOptions) -> int:
     with fail_together(state.world_group):
         stream = build_stream(options, model, state)
         folder.mkdir(parents=True, exist_ok=True)
-        if is_first:
-            (folder / "config.yaml").write_text(options.to_yaml(), encoding="utf-8")
     trainer = Trainer(model, optimizer, stream, checkpoints, options, state)
     resumed = options.resume and trainer.resume()
     if not resumed and checkpoints.latest() is not None:
         raise ValueError(
             f"{folder} holds checkpoints of an earlier run; choose another --out, or leave out --no-resume."
         )
+    with fail_together(state.world_group):
+        if is_first:
+            (folder / "config.yaml").write_text(options.to_yaml(), encoding="utf-8")
     with MetricsWriter(folder, is_first, trainer.progress.step, options.max_steps, options.tensorboard) as writer:
         if resumed:
             writer.say(f"Going on from step {trainer.progress.step}.")
@@ -205,8 +217,8 @@ def train(options: TrainOptions) -> int:
     written = export(options, model, lora, progress.step) if options.export else []
     if is_first:
         print(
-            f"{progress.step} steps, {progress.samples} samples, {progress.tokens} tokens, {progress.bad} bad samples. "
-            f"{', '.join(map(str, written))}"
+            f"{progress.step} steps, {progress.samples} samples, {progress.tokens} tokens; bad samples left out: "
+            f"{progress.bad} times. {', '.join(map(str, written))}"
         )
     return 0
 
@@ -215,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments, __doc__)
     try:
         return train(options)
-    except (ValueError, RankFailure, NonFiniteLoss) as error:
+    except (ValueError, OSError, ImportError, RankFailure, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

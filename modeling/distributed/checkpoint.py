@@ -287,16 +287,18 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     companions: str | os.PathLike | None = None,
+    replace: bool = False,
     parallel_state: ParallelState | None = None,
 ) -> None:
     """Write the whole model as one folder that transformers reads. Rank 0 writes; one tensor is whole at a time.
 
     Args:
-        folder: must not exist yet; appears complete.
+        folder: must not exist yet, unless `replace`; appears complete.
         layout: "hub" as published, "fused" as in memory, or "per-expert".
         dtype: of the files; None keeps the parameters'.
         max_shard_bytes: size after which a file is closed; a larger tensor gets a file of its own.
         companions: a folder whose tokenizer, processor and other small files come along.
+        replace: whether what is in `folder` goes when all of the new one is written.
     """
     state = parallel_state or get_parallel_state()
     folder = Path(folder)
@@ -304,7 +306,7 @@ def export_checkpoint(
     with fail_together(state.world_group):
         if layout not in EXPORT_LAYOUTS:
             raise ValueError(f"layout={layout!r} cannot be exported; choose one of {', '.join(EXPORT_LAYOUTS)}.")
-        if folder.exists():
+        if folder.exists() and not replace:
             raise ValueError(f"{folder} exists; export to a new folder, or remove it.")
         if state.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -321,7 +323,30 @@ def export_checkpoint(
     with fail_together(state.world_group):
         if state.rank == 0:
             _finish(partial, files, total)
-            partial.rename(folder)
+            if folder.exists():
+                old = folder.with_name(folder.name + ".old")
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+                partial.rename(folder)
+                shutil.rmtree(old)
+            else:
+                partial.rename(folder)
+
+
+def check_checkpoint_folder(folder: Path) -> None:
+    """Raise a ValueError that says what is there instead, unless `folder` can hold a whole model's checkpoint."""
+    if (folder / "config.json").is_file():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give one that holds config.json and the .safetensors files.")
+    exports = sorted(path.name for path in folder.glob("export-*") if (path / "config.json").is_file())
+    if (folder / "adapter_config.json").exists():
+        found = "is an adapter; give the model beside it, export-STEP"
+    elif exports:
+        found = f"holds no config.json, but {', '.join(exports)}; give one of these"
+    else:
+        found = "holds no config.json; give the folder of a whole checkpoint"
+    raise ValueError(f"{folder} {found}.")
 
 
 def _shards(

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from modeling.distributed.failures import fail_together
@@ -102,15 +103,30 @@ class Checkpoints:
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self._path(step))
 
+    def _instead(self, step: int) -> str:
+        older = [other for other in self.steps() if other < step]
+        return f"To go on from step {older[-1]}, remove that folder." if older else "There is no older checkpoint."
+
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fill model and optimizer, on whatever mesh they are now; returns the progress that was saved."""
         path = self._path(step)
         with fail_together(self.state.world_group):
             if not (path / ".metadata").exists() or not (path / "progress.json").exists():
                 raise ValueError(f"{path} is no complete checkpoint; remove it, or resume from another.")
-            progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+            try:
+                progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path / 'progress.json'} is broken: {error}. {self._instead(step)}") from error
         content = self._content(model, optimizer)
-        dcp.load(content, checkpoint_id=path, process_group=self.group)
+        try:
+            dcp.load(content, checkpoint_id=path, process_group=self.group)
+        except (CheckpointException, OSError, RuntimeError, EOFError) as error:  # on every rank the same
+            causes = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()] or [error]
+            reason = f"{type(causes[0]).__name__}: {causes[0]}".splitlines()[0]
+            raise ValueError(
+                f"{path} does not hold what this run trains, or is damaged ({reason}). Resume with the options it was "
+                f"written with. {self._instead(step)}"
+            ) from error
         set_state_dict(
             model,
             optimizer,

@@ -13,7 +13,14 @@ from typing import Any
 
 import yaml
 
+from modeling.ops.fused_moe import BACKENDS
+
 PARTS = ("vit", "merger", "lm")
+_LEAST = {
+    1: "max_steps pack_tokens pack_buffer accumulation log_every router_every keep sp ep dp_replicate lora_rank",
+    0: "lr clip balancing weight_decay eps warmup_steps save_every epochs workers prefetch dp_shard loss_chunk_size "
+    "keep_qkv_blocks max_length peak_tflops",
+}
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None, section: str = "") -> Any:
@@ -60,7 +67,7 @@ class TrainOptions:
         "", "parameters are gathered in; empty for bfloat16 on an accelerator", ("", "float32", "bfloat16")
     )
     attention: str = _option("", "attn_implementation of the model; empty for its own choice")
-    moe_backend: str = _option("", "kernel of the experts; empty for the model's own choice")
+    moe_backend: str = _option("", "kernel of the experts; empty for the model's own choice", ("", *BACKENDS))
     loss_chunk_size: int = _option(0, "tokens whose logits exist at a time; 0 for the model's own choice")
     keep_qkv_blocks: int = _option(
         0, "last blocks of the vision tower that keep query, key and value for backward, more memory for less time"
@@ -114,12 +121,13 @@ class TrainOptions:
             raise ValueError(
                 f"max_length={self.max_length} exceeds pack_tokens={self.pack_tokens}; no pack could hold that sample."
             )
-        for name in ("max_steps", "pack_tokens", "pack_buffer", "accumulation", "log_every", "router_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it is at least 1.")
-        for name in ("loss_chunk_size", "keep_qkv_blocks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; it is at least 0.")
+        for least, names in _LEAST.items():
+            for name in names.split():
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name}={getattr(self, name)}; it is at least {least}.")
+        for name in ("beta1", "beta2", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it is between 0 and 1.")
         if self.lora != "none" and self.freeze:
             raise ValueError(f"lora={self.lora!r} freezes everything but adapters; leave out freeze={self.freeze}.")
         if set(self.freeze) == set(PARTS):
@@ -144,6 +152,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """One argument a field; none has a default, so that what the user named can be told from what not."""
     parser = argparse.ArgumentParser(
         description=description,
+        usage="%(prog)s --model CHECKPOINT --data FILE [FILE ...] --out RUN [--config FILE] [options; see --help]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -175,7 +184,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold option: value lines.")
     hints = typing.get_type_hints(TrainOptions)
@@ -187,8 +199,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown option {key!r}; python scripts/train.py --help lists them.")
         kind, choices = hints[name], options[name].metadata.get("choices")
         if kind is float and isinstance(value, str | int):  # YAML reads 1e-4, without a point, as a string
-            value = float(value)
-        if not isinstance(value, list if kind == list[str] else kind):
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError(f"{path}: {key} is a number, got {value!r}.") from None
+        if (kind is not bool and isinstance(value, bool)) or not isinstance(value, list if kind == list[str] else kind):
             raise ValueError(f"{path}: {key} is a {_argument_type(kind).__name__}, got {value!r}.")
         for one in value if isinstance(value, list) else [value]:
             if choices is not None and one not in choices:

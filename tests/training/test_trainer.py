@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from modeling.data.collator import IGNORE_INDEX, SequenceParallelCollator
@@ -180,6 +182,58 @@ def test_export_by_command(undisturbed: Path, tiny_hub: Path, chats: Path, tmp_p
     assert not (out / "metrics.jsonl").exists() and not (out / "config.yaml").exists()
 
 
+def test_an_export_by_command_replaces_and_needs_no_mesh(
+    undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoints").symlink_to(undisturbed / "checkpoints")
+    for layout in ("hub", "per-expert"):
+        # The mesh of a run on other ranks, as its config.yaml has it.
+        mesh = {"ep": 8, "sp": 2, "dp_shard": 4, "dp_replicate": 2}
+        assert run(options_of(tiny_hub, chats, out, export_only=True, export_layout=layout, **mesh)) == 0
+        (written,) = [path for path in out.iterdir() if path.name != "checkpoints" and path.is_dir()]
+        with safe_open(next(written.glob("*.safetensors")), framework="pt") as file:
+            assert file.metadata()["veomni_layout"] == layout
+
+
+def test_refused_runs_leave_the_config_and_say_why(
+    undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = (undisturbed / "config.yaml").read_text()
+    assert run(options_of(tiny_hub, chats, undisturbed, max_steps=STEPS, lr=1.0, resume=False)) == 1
+    assert run(options_of(tiny_hub, chats, undisturbed, max_steps=STEPS, lora="attention")) == 1
+    assert "does not hold what this run trains, or is damaged" in capsys.readouterr().err
+    assert (undisturbed / "config.yaml").read_text() == before
+    adapter = tmp_path / "adapter-2"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for model, why in (
+        (tmp_path / "nowhere", "nowhere: no such folder"),
+        (adapter, "is an adapter; give the model beside it"),
+        (undisturbed, f"holds no config.json, but export-{STEPS}; give one of these"),
+        (tmp_path, "holds no config.json; give the folder"),
+    ):
+        assert run(options_of(model, chats, tmp_path / "run", max_steps=1)) == 1
+        assert why in capsys.readouterr().err and not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    assert run(options_of(tiny_hub, chats, tmp_path / "file", max_steps=1)) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_damaged_checkpoint_says_which_is_older(
+    undisturbed: Path, tiny_hub: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, damage in (("progress.json", "{"), ("__0_0.distcp", "")):
+        out = tmp_path / name
+        shutil.copytree(undisturbed / "checkpoints", out / "checkpoints")
+        newest, older = sorted((out / "checkpoints").iterdir(), reverse=True)
+        (newest / name).write_text(damage)
+        assert run(options_of(tiny_hub, chats, out, max_steps=STEPS + 1)) == 1
+        error = capsys.readouterr().err
+        assert str(newest) in error and f"To go on from step {int(older.name[-8:])}, remove that folder." in error
+
+
 def test_nothing_to_export(tiny_hub: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(options_of(tiny_hub, chats, tmp_path / "run", export_only=True)) == 1
     assert f"error: {tmp_path / 'run'} has no checkpoint to export; train first." in capsys.readouterr().err
@@ -203,16 +257,16 @@ def test_bad_samples(policy: str, tiny_hub: Path, chats: Path, tmp_path: Path, c
     lines = chats.read_text().splitlines()
     path = chats.with_name(f"{policy}.jsonl")
     path.write_text("\n".join([lines[0], '{"messages": [', *lines[1:4], '{"messages": []}']))
-    options = options_of(tiny_hub, path, tmp_path / "run", epochs=1, on_bad_sample=policy, shuffle=False)
+    options = options_of(tiny_hub, path, tmp_path / "run", epochs=2, on_bad_sample=policy, shuffle=False)
     code = run(options)
     if policy == "fail":
         assert code == 1
-        assert f"error: {path}:2: Expecting value" in capsys.readouterr().err
+        assert f"error: {path}:2: not JSON: Expecting value" in capsys.readouterr().err
         return
     assert code == 0
-    assert curve(tmp_path / "run")[-1]["samples"] == 4
-    assert "4 samples" in (out := capsys.readouterr().out) and "2 bad samples" in out
-    bad = read_lines(tmp_path / "run" / "bad_samples.0.jsonl")
+    assert curve(tmp_path / "run")[-1]["samples"] == 8
+    assert "8 samples" in (out := capsys.readouterr().out) and "bad samples left out: 4 times" in out
+    bad = read_lines(tmp_path / "run" / "bad_samples.0.jsonl")  # each once, not in every epoch
     assert [(line["line"], line["file"]) for line in bad] == [(2, str(path)), (6, str(path))]
 
 
