@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 from conversion.errors import ConversionError
 from conversion.hub import resolve_input
 from conversion.layout import LAYOUTS
-from modeling.distributed.checkpoint import load_checkpoint
+from modeling.distributed.checkpoint import check_checkpoint_folder, load_checkpoint
 from modeling.distributed.parallel_state import ParallelState
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig
 from modeling.qwen3_vl_moe.processing_qwen3_vl_moe import load_image, load_video
@@ -88,6 +88,14 @@ def stream_reply(model: Any, processor: Any, inputs: Any, max_new_tokens: int, g
     return tokens[0, inputs["input_ids"].shape[1] :]
 
 
+def check_device(device: str) -> None:
+    """Raise a ValueError where PyTorch cannot put a tensor on `device`."""
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder in any layout, or a Hub id")
@@ -108,13 +116,17 @@ def main(argv: list[str] | None = None) -> int:
     device = args.device or ("cpu" if accelerator is None else accelerator.type)
     try:
         folder, _ = resolve_input(args.model, None)
+        check_checkpoint_folder(folder)
+        if args.processor and not Path(args.processor).is_dir():
+            raise ValueError(f"--processor {args.processor}: no such folder.")
+        check_device(device)
         processor = AutoProcessor.from_pretrained(args.processor or folder)
         inputs = prompt_inputs(processor, args.prompt, args.image, args.video, args.system)
         dtype = getattr(torch, args.dtype) if args.dtype else None
         model = load_model(folder, device, dtype, args.source_layout, args.attention)
         set_seed(args.seed)
         stream_reply(model, processor, inputs, args.max_new_tokens, args.greedy)
-    except (ConversionError, OSError, ValueError) as error:
+    except (ConversionError, ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

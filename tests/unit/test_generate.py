@@ -72,12 +72,18 @@ def test_video_dtype_and_sampling(tiny_hub: Path, capsys: pytest.CaptureFixture[
     [
         (["MODEL", "--image", "no-such.png"], "no-such.png"),
         (["no-such-folder/or-id/x", "--greedy"], "no-such-folder"),
+        (["EMPTY"], "holds no config.json, but export-3; give one of these"),
+        (["MODEL", "--processor", "nope"], "--processor nope: no such folder"),
+        (["MODEL", "--device", "foo"], "--device foo: "),
+        (["MODEL", "--attention", "flash_attention_4"], "flash"),
     ],
 )
 def test_errors_are_one_line(
-    words: list[str], message: str, tiny_hub: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tiny_hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(tiny_hub) if word == "MODEL" else word for word in words]
-    assert main([*words, "--prompt", "x", "--device", "cpu"]) == 1
+    (tmp_path / "export-3").mkdir()
+    (tmp_path / "export-3" / "config.json").touch()
+    places = {"MODEL": str(tiny_hub), "EMPTY": str(tmp_path)}
+    assert main(["--device", "cpu", "--prompt", "x", *(places.get(word, word) for word in words)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    assert error.startswith("error: ") and message in error.replace("FlashAttention", "flash")
