@@ -32,6 +32,22 @@ _COMPLETE = re.compile(r"step-(\d{8})")
 OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False)
 
 
+_FAILURES = (CheckpointException, OSError, RuntimeError, EOFError)
+
+
+def _cause(error: BaseException) -> str:
+    """A line about what went wrong inside torch.distributed.checkpoint, on the first rank that says."""
+    failures = getattr(error, "failures", {})
+    cause = next((wrapped[0] for wrapped in failures.values()), error)
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+
+
+def _unwritten(path: Path, error: BaseException) -> OSError:
+    return OSError(
+        f"{path} could not be written ({_cause(error)}); is the disk full? The run can go on from the one before."
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run. Every method is a collective unless it says otherwise."""
 
@@ -77,7 +93,10 @@ class Checkpoints:
             assert isinstance(future, Future)
             self.pending = (path, future)
             return
-        dcp.save(content, checkpoint_id=partial, process_group=self.group)
+        try:
+            dcp.save(content, checkpoint_id=partial, process_group=self.group)
+        except _FAILURES as error:
+            raise _unwritten(path, error) from error
         self._name(path)
 
     def poll(self) -> None:
@@ -85,7 +104,10 @@ class Checkpoints:
         if self.pending is not None and self.pending[1].done():
             path, future = self.pending
             self.pending = None
-            future.result()
+            try:
+                future.result()
+            except _FAILURES as error:
+                raise _unwritten(path, error) from error
             self._name(path)
 
     def finish(self) -> None:
@@ -120,12 +142,10 @@ class Checkpoints:
         content = self._content(model, optimizer)
         try:
             dcp.load(content, checkpoint_id=path, process_group=self.group)
-        except (CheckpointException, OSError, RuntimeError, EOFError) as error:  # on every rank the same
-            causes = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()] or [error]
-            reason = f"{type(causes[0]).__name__}: {causes[0]}".splitlines()[0]
+        except _FAILURES as error:  # on every rank the same
             raise ValueError(
-                f"{path} does not hold what this run trains, or is damaged ({reason}). Resume with the options it was "
-                f"written with. {self._instead(step)}"
+                f"{path} does not hold what this run trains, or is damaged ({_cause(error)}). Resume with the options "
+                f"it was written with. {self._instead(step)}"
             ) from error
         set_state_dict(
             model,

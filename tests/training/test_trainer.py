@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
 
 from modeling.data.collator import IGNORE_INDEX, SequenceParallelCollator
 from modeling.data.streaming import Pack
@@ -232,6 +233,27 @@ def test_a_damaged_checkpoint_says_which_is_older(
         assert run(options_of(tiny_hub, chats, out, max_steps=STEPS + 1)) == 1
         error = capsys.readouterr().err
         assert str(newest) in error and f"To go on from step {int(older.name[-8:])}, remove that folder." in error
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_that_cannot_be_written(
+    asynchronous: bool, tiny_hub: Path, chats: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a full disk: one line, the checkpoint before stays, the partial one is not taken for whole."""
+    out = tmp_path / "run"
+    real = FileSystemWriter.write_data
+
+    def write(self: Any, *args: Any) -> Any:
+        if "step-00000004" in str(self.path):
+            raise OSError(28, "No space left on device")
+        return real(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write)
+    options = options_of(tiny_hub, chats, out, max_steps=6, save_every=2, async_save=asynchronous)
+    assert run(options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "step-00000004 could not be written (OSError: [Errno 28] No space" in error
+    assert [path.name for path in sorted((out / "checkpoints").iterdir()) if path.suffix == ""] == ["step-00000002"]
 
 
 def test_nothing_to_export(tiny_hub: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
