@@ -65,13 +65,16 @@ def check_packing(batch_size: int, length: int, cached: bool, cu_seqlens: torch.
             f"shape {tuple(cu_seqlens.shape)} and {max_seqlen!r}."
         )
     if cu_seqlens.device.type == "cpu":
-        bounds = cu_seqlens.tolist()
-        sizes = [end - begin for begin, end in pairwise(bounds)]
-        if not sizes or bounds[0] != 0 or bounds[-1] != length or min(sizes) < 0 or max(sizes) > max_seqlen:
-            raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to the row's {length} tokens, in steps of at most max_length_q="
-                f"{max_seqlen}; got {bounds[:8]}{' ...' if len(bounds) > 8 else ''}."
-            )
+        _check_boundaries(cu_seqlens.tolist(), length, max_seqlen)
+
+
+def _check_boundaries(bounds: list[int], length: int, max_seqlen: int) -> None:
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    if not sizes or bounds[0] != 0 or bounds[-1] != length or min(sizes) < 0 or max(sizes) > max_seqlen:
+        raise ValueError(
+            f"cu_seq_lens_q must rise from 0 to the row's {length} tokens, in steps of at most max_length_q="
+            f"{max_seqlen}; got {bounds[:8]}{' ...' if len(bounds) > 8 else ''}."
+        )
 
 
 def check_attention_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> None:

@@ -135,6 +135,7 @@ HOST_CODE = {
     "_equal_runs": "attention without a variable-length kernel: CPU",
     "_segments": "grouped matrix product without a kernel: CPU",
     "route_by_expert": "checks its input on CPUs",
+    "check_packing": "likewise, boundaries that lie there",
     "_check": "likewise, of the loss",
     "_check_num_valid": "likewise, of the loss",
 }

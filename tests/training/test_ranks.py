@@ -143,7 +143,7 @@ def test_a_bad_sample_on_one_rank_stops_all(pools: Any, tiny_hub: Path, chats: P
     outcomes = pools(4).outcomes(run_rank, options)
     assert {outcome.kind for outcome in outcomes} == {"RankFailure"}
     assert len({outcome.message for outcome in outcomes}) == 1
-    assert f"{path}:2: Expecting" in outcomes[0].message
+    assert f"{path}:2: not JSON: Expecting" in outcomes[0].message
 
 
 def test_ranks_without_samples_go_along(pools: Any, tiny_hub: Path, chats: Path, tmp_path: Path):
