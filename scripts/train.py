@@ -157,6 +157,7 @@ def export(options: TrainOptions, model: Any, lora: Any, step: int, again: bool 
         # The run's choices, not the model's.
         for name in ("moe_backend", "loss_chunk_size"):
             setattr(model.config.text_config, name, getattr(source.text_config, name))
+        model.config.vision_config.keep_qkv_blocks = source.vision_config.keep_qkv_blocks
         export_checkpoint(
             model,
             folder,

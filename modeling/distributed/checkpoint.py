@@ -323,14 +323,12 @@ def export_checkpoint(
     with fail_together(state.world_group):
         if state.rank == 0:
             _finish(partial, files, total)
+            old = folder.with_name(folder.name + ".old")
             if folder.exists():
-                old = folder.with_name(folder.name + ".old")
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
-                partial.rename(folder)
-                shutil.rmtree(old)
-            else:
-                partial.rename(folder)
+            partial.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_checkpoint_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from modeling.data.collator import IGNORE_INDEX, SequenceParallelCollator
 from modeling.data.streaming import Pack
 from modeling.distributed.parallel_state import set_parallel_state
+from modeling.qwen3_vl_moe import Qwen3VLMoeConfig
 from modeling.training.checkpoints import Checkpoints
 from modeling.training.metrics import MetricsWriter
 from modeling.training.optimizer import make_optimizer
@@ -192,10 +193,16 @@ def test_an_export_by_command_replaces_and_needs_no_mesh(
     for layout in ("hub", "per-expert"):
         # The mesh of a run on other ranks, as its config.yaml has it.
         mesh = {"ep": 8, "sp": 2, "dp_shard": 4, "dp_replicate": 2}
-        assert run(options_of(tiny_hub, chats, out, export_only=True, export_layout=layout, **mesh)) == 0
+        own = {"loss_chunk_size": 7, "keep_qkv_blocks": 2, "moe_backend": "grouped_mm"}
+        assert run(options_of(tiny_hub, chats, out, export_only=True, export_layout=layout, **mesh, **own)) == 0
         (written,) = [path for path in out.iterdir() if path.name != "checkpoints" and path.is_dir()]
         with safe_open(next(written.glob("*.safetensors")), framework="pt") as file:
             assert file.metadata()["veomni_layout"] == layout
+        # The run's choices are not the model's.
+        exported, source = (Qwen3VLMoeConfig.from_pretrained(folder) for folder in (written, tiny_hub))
+        for choice in ("loss_chunk_size", "moe_backend"):
+            assert getattr(exported.text_config, choice) == getattr(source.text_config, choice)
+        assert exported.vision_config.keep_qkv_blocks == source.vision_config.keep_qkv_blocks
 
 
 def test_refused_runs_leave_the_config_and_say_why(
