@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 from conversion.errors import ConversionError
 from conversion.hub import resolve_input
 from conversion.layout import LAYOUTS
-from modeling.distributed.checkpoint import check_checkpoint_folder, load_checkpoint
+from modeling.distributed.checkpoint import load_checkpoint
 from modeling.distributed.parallel_state import ParallelState
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig
+from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import check_checkpoint_folder
 from modeling.qwen3_vl_moe.processing_qwen3_vl_moe import load_image, load_video
 from modeling.registry import build_model
 

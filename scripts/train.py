@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout,
 from modeling.data.collator import SequenceParallelCollator
 from modeling.data.jsonl import JsonlFiles
 from modeling.data.streaming import PackedStream
-from modeling.distributed.checkpoint import check_checkpoint_folder, export_checkpoint, load_checkpoint
+from modeling.distributed.checkpoint import export_checkpoint, load_checkpoint
 from modeling.distributed.encoder_data_balance import EncoderDataBalancer
 from modeling.distributed.failures import RankFailure, fail_together
 from modeling.distributed.parallel_state import ParallelState, init_parallel_state, set_parallel_state
 from modeling.distributed.parallelize import parallelize_model
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeForCausalLM
+from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import check_checkpoint_folder
 from modeling.qwen3_vl_moe.processing_qwen3_vl_moe import Qwen3VLMoeProcessor, process_sample
 from modeling.training.checkpoints import Checkpoints
 from modeling.training.metrics import MetricsWriter

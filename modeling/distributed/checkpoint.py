@@ -331,22 +331,6 @@ def export_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def check_checkpoint_folder(folder: Path) -> None:
-    """Raise a ValueError that says what is there instead, unless `folder` can hold a whole model's checkpoint."""
-    if (folder / "config.json").is_file():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give one that holds config.json and the .safetensors files.")
-    exports = sorted(path.name for path in folder.glob("export-*") if (path / "config.json").is_file())
-    if (folder / "adapter_config.json").exists():
-        found = "is an adapter; give the model beside it, export-STEP"
-    elif exports:
-        found = f"holds no config.json, but {', '.join(exports)}; give one of these"
-    else:
-        found = "holds no config.json; give the folder of a whole checkpoint"
-    raise ValueError(f"{folder} {found}.")
-
-
 def _shards(
     parameters: Iterable[tuple[str, nn.Parameter]],
     layout: str,

@@ -5,6 +5,8 @@ loads here and one saved here loads there. The fork's own fields live on the tex
 on.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -20,6 +22,22 @@ def check_moe_implementation(value: str) -> None:
             f"moe_implementation={value!r} is unknown; expected one of {', '.join(map(repr, MOE_IMPLEMENTATIONS))}: "
             "'fused' for training and speed, 'eager' for the readable reference loop."
         )
+
+
+def check_checkpoint_folder(folder: Path) -> None:
+    """Raise a ValueError that says what is there instead, unless `folder` can hold a whole model's checkpoint."""
+    if (folder / "config.json").is_file():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give one that holds config.json and the .safetensors files.")
+    exports = sorted(path.name for path in folder.glob("export-*") if (path / "config.json").is_file())
+    if (folder / "adapter_config.json").exists():
+        found = "is an adapter; give the model beside it, export-STEP"
+    elif exports:
+        found = f"holds no config.json, but {', '.join(exports)}; give one of these"
+    else:
+        found = "holds no config.json; give the folder of a whole checkpoint"
+    raise ValueError(f"{folder} {found}.")
 
 
 @strict
@@ -73,6 +91,16 @@ class Qwen3VLMoeConfig(upstream.Qwen3VLMoeConfig):
     # transformers names this mapping `sub_configs` up to some release and `sub_configs_defaults` after it.
     sub_configs = {"vision_config": Qwen3VLMoeVisionConfig, "text_config": Qwen3VLMoeTextConfig}
     sub_configs_defaults = {"vision_config": Qwen3VLMoeVisionConfig, "text_config": Qwen3VLMoeTextConfig}
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' own, but for a folder without a config.json: it takes that for the default model's."""
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and "_configuration_file" not in kwargs:
+            check_checkpoint_folder(folder / (kwargs.get("subfolder") or ""))
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes: the number of experts and the rotary angles also by the names of published

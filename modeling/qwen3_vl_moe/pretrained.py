@@ -22,6 +22,10 @@ from conversion.checkpoint import EP_INDEX, MANIFEST
 from conversion.layout import Stamp, detect_layout, logical_name, pack, read_stamp, stamp_metadata
 
 LOADABLE = ("hub", "fused")
+NOT_READ = (
+    "the {layout} layout, which from_pretrained does not read. modeling.distributed.checkpoint.load_checkpoint(model, "
+    "folder) fills a model from it; `python conversion/veomni_to_hf.py INPUT OUTPUT` converts it."
+)
 
 
 def layout_of_files(files: list[str], hidden_size: int, expert_intermediate: int) -> str:
@@ -45,10 +49,7 @@ def layout_of_files(files: list[str], hidden_size: int, expert_intermediate: int
 def expert_conversions(layout: str) -> list[WeightConverter]:
     """What turns expert tensors of `layout` into this model's, for transformers' loader."""
     if layout not in LOADABLE:
-        raise ValueError(
-            f"the checkpoint has the {layout} layout, which from_pretrained does not read; convert it first: "
-            "python conversion/hf_to_veomni.py INPUT OUTPUT"
-        )
+        raise ValueError(f"the checkpoint has {NOT_READ.format(layout=layout)}")
     if layout == "fused":
         return []
     names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -95,6 +96,19 @@ def write_shards(tensors: dict[str, Any], folder: Path, max_shard_size: str | in
 
 class LayoutAwareModel(PreTrainedModel):
     """PreTrainedModel whose loading and saving know the experts' layout."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, for checkpoints in the hub and fused layouts.
+
+        Raises:
+            ValueError: a folder in another layout, with the way to read it; weights that do not fit the model.
+        """
+        if pretrained_model_name_or_path is not None and not kwargs.get("state_dict"):
+            folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+            if (folder / EP_INDEX).exists():  # its files have other names than transformers looks for
+                raise ValueError(f"{folder} has {NOT_READ.format(layout='ep-sharded')}")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:

@@ -124,6 +124,26 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(tiny_fused: Path, tmp_path: 
         Qwen3VLMoeForCausalLM.from_pretrained(folder)
 
 
+def test_a_layout_that_is_not_read_says_what_reads_it(tiny_hub: Path, tmp_path: Path) -> None:
+    sharded = convert("hf_to_veomni.py", tiny_hub, tmp_path / "ep", "--target", "ep-sharded", "--ep-size", "2")
+    message = r"ep-sharded layout, which from_pretrained does not read\. .*load_checkpoint\(model, .*veomni_to_hf\.py"
+    with pytest.raises(ValueError, match=message):
+        Qwen3VLMoeForCausalLM.from_pretrained(sharded)
+    per_expert = convert("veomni_to_hf.py", tiny_hub, tmp_path / "per", "--target", "per-expert")
+    with pytest.raises(ValueError, match=message.replace("ep-sharded", "per-expert")):
+        Qwen3VLMoeForCausalLM.from_pretrained(per_expert)
+
+
+def test_a_folder_without_a_config_is_not_the_default_model(tiny_hub: Path, tmp_path: Path) -> None:
+    """transformers would take the default configuration, and refuse its shapes one by one."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_hub, run / "export-7")
+    for read in (Qwen3VLMoeConfig.from_pretrained, Qwen3VLMoeForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"run holds no config\.json, but export-7; give one of these"):
+            read(run)
+        assert read(run, subfolder="export-7") is not None
+
+
 def test_the_base_model_loads_without_the_head(tiny_hub: Path, ours: torch.nn.Module) -> None:
     assert same_parameters(Qwen3VLMoeModel.from_pretrained(tiny_hub), ours.model)
 
