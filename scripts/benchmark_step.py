@@ -29,7 +29,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
 
-from scripts.benchmarking import RESULTS, attempt, describe, print_description, require_gpu, write_json
+from scripts.benchmarking import (
+    RESULTS,
+    attempt,
+    describe,
+    power_while,
+    print_description,
+    require_gpu,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE_SIDE = 32  # patches; 32 x 32 / 4 = 256 tokens
@@ -183,12 +191,12 @@ def measure(
     """Time, memory and syncs of one model's step; or, as the profiler slows every later launch, only its kernels.
 
     Every model's backward runs in the calling thread, as this project's trainer has it: never slower, on a host with
-    slow cores up to a third faster.
+    slow cores up to a third faster. `threaded_ms` is the same step with autograd's own thread, its default.
     """
 
-    def step() -> None:
+    def step(threaded: bool = False) -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(threaded):
             model(**batch).loss.backward()
 
     step()
@@ -201,8 +209,10 @@ def measure(
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     found: dict[str, Any] = {"step_ms": round(milliseconds(step, repeats, in_a_row=5), 1)}
+    found |= {"threaded_ms": round(milliseconds(partial(step, threaded=True), repeats, in_a_row=5), 1)}
     found |= {"from_idle_ms": round(milliseconds(step, repeats), 1), "peak_gb": round(peak / 1e9, 2)}
     found |= {"peak_gib": round(peak / 2**30, 2), "syncs": count_syncs(step)}
+    found |= power_while(step, calls=20)
     found["tokens_per_s"] = round(batch["input_ids"].numel() / found["step_ms"] * 1e3)
     with torch.no_grad():
         found["vision_forward_ms"] = round(milliseconds(visual, repeats, in_a_row=5), 1)
@@ -238,7 +248,9 @@ def run_ours(
     if kernels:
         return found
     waited = attempt(partial(step_without_waiting, model, batch))
-    return found | {"a step that may not wait": waited.get("failed", "passed")}
+    found["a step that may not wait"] = waited.get("failed", "passed")
+    replayed = attempt(partial(replay, model, batch, repeats))
+    return found | {"as_cuda_graph_ms": replayed.get("ms", replayed.get("failed"))}
 
 
 def step_without_waiting(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -249,6 +261,22 @@ def step_without_waiting(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {}
+
+
+def replay(model: Any, batch: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The step's time as one CUDA graph: what is left when launching its kernels costs next to nothing."""
+    model.zero_grad(set_to_none=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.autograd.set_multithreading_enabled(False):
+        with torch.cuda.stream(stream):  # allocations and workspaces of a stream of its own, as captures want
+            model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            model(**batch).loss.backward()
+    return {"ms": round(milliseconds(graph.replay, repeats, in_a_row=5), 1)}
 
 
 def run_transformers(
@@ -352,7 +380,8 @@ def main() -> None:
     own = results[next(iter(results))]
     for name, found in results.items():
         if not name.startswith("this project") and "step_ms" in found and "step_ms" in own:
-            print(f"\n{name} / this project: {found['step_ms'] / own['step_ms']:.2f}")
+            threaded = f"with autograd's own thread {found['threaded_ms'] / own['step_ms']:.2f}"
+            print(f"\n{name} / this project: {found['step_ms'] / own['step_ms']:.2f}, {threaded}")
     device = description["device"].split()[1].lower()
     arguments = {key: value for key, value in vars(args).items() if key not in ("out", "veomni")}
     write_json(args.out / f"step_{device}.json", description | {"arguments": arguments, "runs": results})

@@ -6,6 +6,9 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import shutil
+import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +89,39 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def power_while(function: Callable[[], Any], calls: int) -> dict[str, Any]:
+    """What `nvidia-smi` reads every 20 ms while `calls` calls run in a row on GPU 0: medians of the power and of the
+    clock of the multiprocessors, their limits, and the share of readings at which power held the clock down.
+
+    {} where there is no nvidia-smi. A reading of power is itself a mean over some 100 ms.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    fields = "power.draw.instant,power.limit,clocks.sm,clocks.max.sm,clocks_event_reasons.sw_power_cap"
+    command = [program, "--id=0", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--loop-ms=20"]
+    function()
+    torch.cuda.synchronize()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        reader.stdout.readline()  # it takes a while to start
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+        reader.terminate()
+        readings = [line.split(", ") for line in reader.stdout.read().splitlines() if line.count(",") == 4]
+    if not readings:
+        return {}
+    power, limit, clock, most, capped = zip(*readings, strict=True)
+    return {
+        "power_w": round(statistics.median(map(float, power))),
+        "power_limit_w": round(float(limit[0])),
+        "sm_mhz": round(statistics.median(map(float, clock))),
+        "sm_max_mhz": round(float(most[0])),
+        "held_by_power": round(capped.count("Active") / len(capped), 2),
+    }
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
