@@ -14,7 +14,7 @@ from conversion.budget import make_budget
 from conversion.checkpoint import open_checkpoint
 from conversion.companions import find_companions
 from conversion.convert import Settings, check_folders, measure_disk, run_plan
-from conversion.errors import ConversionError
+from conversion.errors import ConversionError, UsageError
 from conversion.hub import resolve_input
 from conversion.layout import LAYOUTS, Stamp
 from conversion.manifest import dump
@@ -68,11 +68,21 @@ def build_parser(doc: str, targets: tuple[str, ...], default: str) -> argparse.A
     return parser
 
 
+def check_summary_file(file: str | None) -> None:
+    """Raise UsageError for a --json that could not be written when hours of work are done."""
+    if file in (None, "-"):
+        return
+    path = Path(file)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--json {path} cannot be written; name a file in a folder that exists and is yours to write")
+
+
 def convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Run a conversion as the parsed `args` say."""
     ep_size = vars(args).get("ep_size")
     if (args.target == "ep-sharded") != (ep_size is not None):
         parser.error("--target ep-sharded and --ep-size N belong together")
+    check_summary_file(args.json)
     started = time.monotonic()
     log = (lambda message: None) if args.quiet else (lambda message: print(message, file=sys.stderr))
     settings = Settings(args.workers, args.resume, args.overwrite, args.allow_overflow, args.quiet, log)

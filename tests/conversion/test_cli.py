@@ -69,6 +69,13 @@ def test_summary_as_json(tmp_path, source, capsys):
     assert written["files_reused"] == 1 and written["written_bytes"] == 0
 
 
+def test_a_summary_that_cannot_be_written_stops_before_the_work(tmp_path, source, capsys):
+    for file in (tmp_path / "nowhere" / "summary.json", tmp_path):
+        assert hf_to_veomni.main([str(source), str(tmp_path / "out"), "--json", str(file)]) == 2
+        assert f"--json {file} cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_quiet_is_quiet(tmp_path, source, capfd):
     assert hf_to_veomni.main([str(source), str(tmp_path / "out"), "--quiet"]) == 0
     assert capfd.readouterr() == ("", "")
