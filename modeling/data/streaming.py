@@ -25,6 +25,7 @@ from .order import Position, SampleOrder
 from .packing import Packer
 
 ON_BAD_SAMPLE = ("skip", "fail")
+NAMED = 5  # of the samples in the error that ends a run which finds none it can use
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class PackedStream:
                 bad.append(feature)
                 in_a_row += 1
                 if in_a_row > order.size:
-                    raise ValueError(f"none of {in_a_row} samples in a row could be used; the last: {feature}")
+                    first = "".join(f"\n  {sample}" for sample in bad[-in_a_row:][:NAMED])
+                    raise ValueError(f"none of {in_a_row} samples in a row could be used; the first of them:{first}")
                 continue
             in_a_row = 0
             packer.add(feature["input_ids"].numel(), (index, feature))
