@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, installed or not
@@ -233,7 +235,7 @@ def make_tiny_checkpoint(
     seed: int = 0,
     **config_overrides: Any,
 ) -> Path:
-    """Writes the checkpoint into the new or empty folder `out` and returns that path.
+    """Writes the checkpoint into the new or empty folder `out`, whole or not at all, and returns that path.
 
     The same seed gives the same model in either layout: `hub` (expert tensors (E,H,2I) and (E,I,H), no stamp, as
     published) or `fused` ((E,2I,H) and (E,H,I), stamped). `config_overrides` are fields of `config.json`; dicts for
@@ -248,13 +250,19 @@ def make_tiny_checkpoint(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty ({len(list(out.iterdir()))} entries): name another folder or remove it")
     config = tiny_config(dtype, config_overrides)
-    out.mkdir(parents=True, exist_ok=True)
-    write_processors(out, config)
-    write_json(out / "generation_config.json", GENERATION_CONFIG)
     # The published files carry no stamp, so neither does `hub` here: a reader must tell it by shape, as with those.
     metadata = {"format": "pt"} if layout == "hub" else stamp_metadata(layout)
-    write_shards(out, iter_parameters(config, layout, dtype, seed), metadata)
-    write_json(out / "config.json", config)
+    partial = out.resolve().with_name(out.resolve().name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_processors(partial, config)
+        write_json(partial / "generation_config.json", GENERATION_CONFIG)
+        write_shards(partial, iter_parameters(config, layout, dtype, seed), metadata)
+        write_json(partial / "config.json", config)
+        partial.replace(out)  # an empty folder gives way
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -267,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         make_tiny_checkpoint(args.out, args.layout, getattr(torch, args.dtype), args.seed)
-    except ValueError as error:
+    except (OSError, SafetensorError, ValueError) as error:
         parser.error(str(error))
     files = sorted(args.out.iterdir())
     print(

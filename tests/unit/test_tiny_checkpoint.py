@@ -4,6 +4,7 @@
 attention is neither uniform nor one-hot, the logits tell tokens apart.
 """
 
+import errno
 import json
 import math
 import unicodedata
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from conversion.layout import read_stamp
+from scripts import make_tiny_checkpoint as script
 from scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from scripts.qwen_tokenizer import PRETOKENIZE_PATTERN, find_qwen_tiktoken, load_ranks
 from tests import media
@@ -260,6 +262,20 @@ def test_seed_dtype_and_overrides(tiny_hub: Path, tmp_path: Path) -> None:
         make_tiny_checkpoint(tmp_path / "a")
     with pytest.raises(ValueError, match="per-expert"):
         make_tiny_checkpoint(tmp_path / "d", layout="per-expert")
+
+
+def test_a_checkpoint_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As on a full disk, met at the last file."""
+
+    def full(out: Path, *_: Any) -> None:
+        (out / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "write_shards", full)
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path / "new" / "tiny")])
+    assert "No space left" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.parametrize("case", media.CASES)
