@@ -3,8 +3,8 @@
 
 A whole training step, forward and backward, side by side with transformers and VeOmni on the same work: the 27-layer
 vision tower, some decoder layers of the 30B-A3B shape, packed samples of 256 image tokens and 768 text tokens each,
-every label valid. Prints time, tokens/s, peak memory, host-device synchronisations, the vision tower alone and where
-the time goes; writes results/step_<device>.json.
+every label valid. Prints time, tokens/s, peak memory, host-device synchronisations, power and clock, the vision tower
+alone, this project's step as one CUDA graph, and where the time goes; writes results/step_<device>.json.
 
 VeOmni pins another transformers, so it runs in a process of its own whose Python path begins with FOLDER: veomni
 0.1.12, transformers 5.9.0, tokenizers 0.22.2 and liger-kernel, installed with `pip install --target FOLDER --no-deps`.
