@@ -106,11 +106,13 @@ def power_while(function: Callable[[], Any], calls: int) -> dict[str, Any]:
     torch.cuda.synchronize()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
-        reader.stdout.readline()  # it takes a while to start
-        for _ in range(calls):
-            function()
-        torch.cuda.synchronize()
-        reader.terminate()
+        try:
+            reader.stdout.readline()  # it takes a while to start
+            for _ in range(calls):
+                function()
+            torch.cuda.synchronize()
+        finally:
+            reader.terminate()  # it would read for ever, and be waited for
         readings = [line.split(", ") for line in reader.stdout.read().splitlines() if line.count(",") == 4]
     if not readings:
         return {}
