@@ -125,6 +125,7 @@ def _layer_norm_backward_kernel(
     arrived = tl.zeros([1, BLOCK_H], dtype=tl.float32)
     passed = tl.zeros([1, BLOCK_H], dtype=tl.float32)
     first = program * steps * ROWS
+    stop = tl.minimum(first + steps * ROWS, rows)
     row = (first + tl.arange(0, ROWS)).to(tl.int64)
     mask = (row[:, None] < rows) & inside
     next_total = tl.load(total + row[:, None] * H + column, mask=mask, other=0.0)
@@ -137,7 +138,7 @@ def _layer_norm_backward_kernel(
         value, grad, beside = next_total.to(tl.float32), next_grad.to(tl.float32), next_beside.to(tl.float32)
         # The next rows are on their way while these are worked on.
         ahead = at + ROWS * H
-        ahead_mask = (row[:, None] + ROWS < rows) & inside & (step + 1 < steps)
+        ahead_mask = (row[:, None] + ROWS < stop) & inside
         next_total = tl.load(total + ahead, mask=ahead_mask, other=0.0)
         next_grad = tl.load(d_h + ahead, mask=ahead_mask, other=0.0)
         next_beside = tl.load(d_total + ahead, mask=ahead_mask, other=0.0)
