@@ -191,7 +191,10 @@ def _check_inventory(
         raise InputError(f"{len(missing)} tensor(s) of the model are missing: {_some(missing)}")
     for (name, rank), location in stored.items():
         if location.info.dtype not in FLOATS and (name, rank) in known:
-            raise InputError(f"{location.path}: {name} is {location.info.dtype}, not a floating-point weight")
+            raise InputError(
+                f"{location.path}: {name} is {location.info.dtype}, not a floating-point weight of 16 or more bits; "
+                "take the checkpoint in bfloat16, or write a quantised one in it first"
+            )
     unknown = sorted(name for name, rank in stored if (name, rank) not in known)
     stray = [name for name in unknown if (name, None) not in stored]
     if stray:

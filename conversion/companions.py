@@ -18,7 +18,8 @@ TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class Companions:
-    """Relative paths: `carried` are copied; `left_out` are weights in other formats and linked folders."""
+    """Relative paths: `carried` are copied; `left_out` are weights in other formats, an adapter's settings and linked
+    folders."""
 
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -40,7 +41,8 @@ def find_companions(folder: Path) -> Companions:
             relative = os.path.relpath(path, folder)
             if name.startswith(".") or (root == str(folder) and name in NOT_CARRIED) or name.endswith(".safetensors"):
                 continue
-            if path.suffix in WEIGHT_SUFFIXES:
+            # An adapter's settings without its weights would make a model that cannot be loaded.
+            if path.suffix in WEIGHT_SUFFIXES or name == "adapter_config.json":
                 left_out.append(relative)
                 continue
             try:

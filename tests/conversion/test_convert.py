@@ -117,6 +117,7 @@ def test_output_carries_stamp_manifest_and_companions(tmp_path):
     (tmp_path / "in" / ".cache").mkdir()
     (tmp_path / "in" / ".cache" / "hidden").write_text("x")
     (tmp_path / "in" / "pytorch_model.bin").write_text("weights in another format")
+    (tmp_path / "in" / "adapter_config.json").write_text("{}")  # without its weights it would break the output
     assert convert(tmp_path / "in", tmp_path / "out", "fused", 1, "--max-shard-size", "100KB") == 0
     out = tmp_path / "out"
     manifest = json.loads((out / "veomni_manifest.json").read_text())
