@@ -20,7 +20,7 @@ import av
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import Qwen3VLProcessor as Qwen3VLMoeProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -29,6 +29,8 @@ from modeling.qwen3_vl_moe.position_ids import IMAGE_INPUT_INDEX, VIDEO_INPUT_IN
 
 ON_CUT_IMAGE = ("drop", "error")
 MEDIA_KEYS = ("image", "images", "video", "videos")  # where other formats keep what here stands in a message
+VIDEO_KEYS = {"fps", "num_frames", "video_metadata"}
+WEIGHT_KEYS = ("loss", "loss_weight", "train", "weight")  # every assistant's turn is trained on alike
 # A message that holds one of these could open a turn or an image of its own.
 CONTROL_TOKENS = (
     "<|im_start|>",
@@ -54,18 +56,18 @@ def _media_path(value: Any, media_root: Path | None) -> Path:
 
 
 def load_image(value: Any, media_root: Path | None = None) -> Image.Image:
-    """A PIL image, or the path of one, as RGB.
+    """A PIL image, or the path of one, as RGB, turned upright where its EXIF data say how it was taken.
 
     Raises:
         ValueError: no such file, not an image, or a broken one.
     """
     try:
         if isinstance(value, Image.Image):
-            return value.convert("RGB")
+            return ImageOps.exif_transpose(value).convert("RGB")
         with Image.open(_media_path(value, media_root)) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except _IMAGE_ERRORS as error:
-        raise ValueError(f"image {value!r} cannot be read: {error}") from error
+        raise ValueError(f"image {value!r:.80} cannot be read: {error}") from error
 
 
 def load_video(
@@ -130,6 +132,12 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError(f"message {number} needs a 'role' and a 'content', got {message!r:.80}")
+        weights = WEIGHT_KEYS if message["role"] == "assistant" else ()
+        if unread := [key for key in weights if message.get(key) not in (None, 1)]:
+            raise ValueError(
+                f"message {number}: {unread[0]}={message[unread[0]]!r} would not be read, every assistant's turn is "
+                "trained on; leave the message out, or the key"
+            )
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list):
@@ -147,6 +155,9 @@ def _check_part(part: Any, number: int, role: str) -> None:
     if kind != "text":
         if role == "assistant":
             raise ValueError(f"message {number}: an assistant's turn cannot hold the {kind} that the model would write")
+        known = {"type", kind, "path", "url"} | (VIDEO_KEYS if kind == "video" else set())
+        if unread := sorted(key for key, value in part.items() if key not in known and value is not None):
+            raise ValueError(f"message {number}: {', '.join(unread)} of the {kind} part would not be read; remove them")
         if _media(part) is None:
             raise ValueError(f"message {number}: the {kind} part names no file; give {kind!r}, 'path' or 'url'")
     elif not isinstance(part.get("text"), str):
@@ -160,7 +171,9 @@ def _media(part: Mapping[str, Any]) -> Any:
     return next((part[key] for key in (part["type"], "path", "url") if part.get(key) is not None), None)
 
 
-def _run_processor(processor: Any, messages: list[dict[str, Any]], media_root: Path | None) -> Mapping[str, Any]:
+def _run_processor(
+    processor: Any, messages: list[dict[str, Any]], tools: Any, media_root: Path | None
+) -> Mapping[str, Any]:
     """The processor's outputs for one chat, (1, L) and pixels."""
     parts = [part for message in messages for part in message["content"]]
     images = [load_image(_media(part), media_root) for part in parts if part["type"] == "image"]
@@ -180,7 +193,10 @@ def _run_processor(processor: Any, messages: list[dict[str, Any]], media_root: P
     if videos:
         arguments = {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
     try:
-        text = processor.apply_chat_template(messages, tokenize=False)
+        text = processor.apply_chat_template(messages, tools=tools, tokenize=False)
+        text.encode()  # JSON can hold half of a surrogate pair, UTF-8 cannot
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is no Unicode: {error}") from error
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from error
     return processor(text=[text], images=images or None, return_tensors="pt", **arguments)
@@ -265,7 +281,7 @@ def process_sample(
     """A chat sample as a training feature (ARCHITECTURE: "Feature and batch contract").
 
     Args:
-        sample: a dict with `messages`; see the module's docstring.
+        sample: a dict with `messages`, and `tools` for the chat template; see the module's docstring.
         processor: `Qwen3VLMoeProcessor`, with its chat template.
         position_id_func: from `model.get_position_id_func()`.
         max_length: tokens to keep. A longer sample ends with the last target that fits; an image is kept whole or goes.
@@ -288,7 +304,7 @@ def process_sample(
             '{"type": "image", "image": "path"}'
         )
     messages = check_messages(sample.get("messages"))
-    outputs = _run_processor(processor, messages, media_root)
+    outputs = _run_processor(processor, messages, sample.get("tools") or None, media_root)
     ids = outputs["input_ids"][0]
     image_mask, video_mask = ids == processor.image_token_id, ids == processor.video_token_id
     labels = assistant_labels(ids, processor.tokenizer)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from modeling.data.collator import IGNORE_INDEX
 from modeling.qwen3_vl_moe.position_ids import get_rope_index, make_position_id_func
-from modeling.qwen3_vl_moe.processing_qwen3_vl_moe import Qwen3VLMoeProcessor, process_sample
+from modeling.qwen3_vl_moe.processing_qwen3_vl_moe import Qwen3VLMoeProcessor, load_image, process_sample
 from scripts.make_example_data import clip_path
 from tests.media import assistant, load_clip, load_photo, user
 
@@ -233,3 +234,43 @@ def test_works_in_spawned_workers(tiny_processor: Any):
     sample = {"messages": [user("x"), assistant("y")]}
     copy = pickle.loads(pickle.dumps(function))
     assert torch.equal(copy(sample)["labels"], function(sample)["labels"])
+
+
+def test_photos_are_turned_upright(process: Process, tmp_path: Path):
+    """A camera writes the turn into EXIF; transformers' own loader obeys it too."""
+    photo = load_photo("chelsea", 96).resize((128, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    photo.save(tmp_path / "phone.png", exif=exif)
+    for given in ("phone.png", Image.open(tmp_path / "phone.png")):
+        feature = process(message({"type": "image", "image": given}), media_root=tmp_path)
+        grid = feature["image_grid_thw"][0].tolist()
+        assert grid[1] > grid[2], given
+    upstream = transformers.image_utils.load_image(str(tmp_path / "phone.png"))
+    assert np.array_equal(np.asarray(load_image("phone.png", tmp_path)), np.asarray(upstream))
+
+
+def test_tools_reach_the_template(tiny_processor: Any):
+    """The tiny checkpoint's renders none, and says so."""
+    sample = {"messages": [user("Hello?"), assistant("Hi.")], "tools": [{"type": "function"}]}
+    with pytest.raises(ValueError, match="this chat template renders no tools"):
+        process_sample(sample, processor=tiny_processor, position_id_func=make_position_id_func(2))
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        (message({"type": "image", "image": "x.png", "max_pixels": 9}), "max_pixels of the image part would not be"),
+        (message({"type": "video", "video": "x.mp4", "nframes": 8}), "nframes of the video part would not be read"),
+        ([user("Hello?"), {**assistant("Hi."), "weight": 0}], "weight=0 would not be read"),
+        ([user("Hello \ud800?"), assistant("Hi.")], "the text is no Unicode"),
+        (message({"type": "image", "image": "data:image/png;base64," + "A" * 9999}), "is not a file: download"),
+    ],
+    ids=["max_pixels", "nframes", "weight", "surrogate", "data-uri"],
+)
+def test_what_would_not_be_read_is_refused(process: Process, messages: list[dict[str, Any]], why: str):
+    with pytest.raises(ValueError, match=why) as caught:
+        process(messages)
+    assert len(str(caught.value)) < 300
+    given = {**assistant("Hi."), "weight": 1}
+    assert process([{**user("Hello?"), "weight": 0}, given])["labels"].max() > 0
