@@ -31,7 +31,7 @@ from modeling.distributed.parallelize import parallelize_model
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeForCausalLM
 from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import check_checkpoint_folder
 from modeling.qwen3_vl_moe.processing_qwen3_vl_moe import Qwen3VLMoeProcessor, process_sample
-from modeling.training.checkpoints import Checkpoints
+from modeling.training.checkpoints import Checkpoints, run_identity
 from modeling.training.metrics import MetricsWriter
 from modeling.training.optimizer import freeze_parts, make_optimizer
 from modeling.training.options import TrainOptions, parse_options
@@ -191,7 +191,8 @@ def train(options: TrainOptions) -> int:
         check_checkpoint_folder(Path(options.model))
     model, lora = build_model(options, state)
     optimizer = make_optimizer(model, options, state.device_type)
-    checkpoints = Checkpoints(folder / "checkpoints", state, options.keep, options.async_save)
+    identity = run_identity(options)
+    checkpoints = Checkpoints(folder / "checkpoints", state, options.keep, options.async_save, identity)
     if options.export_only:
         export_newest(options, model, lora, optimizer, checkpoints)
         return 0

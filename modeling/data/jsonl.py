@@ -3,6 +3,7 @@
 Only the offsets of lines stay in memory, 8 bytes a sample; a line is read when its turn comes, in a data worker.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,26 @@ def line_starts(path: Path) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
 
+def _check_no_array(path: Path) -> None:
+    """Raise a ValueError for a file that is one JSON array of samples."""
+    with path.open("rb") as file:
+        begin = file.read(256).removeprefix(b"\xef\xbb\xbf").split()
+    if begin and (begin[0] == b"[" or begin[0].startswith(b"[{")):
+        raise ValueError(f"{path} is one JSON array; write its samples as JSONL, one object a line.")
+
+
+def _fingerprint(paths: Sequence[Path]) -> str:
+    """Tells one set of files from another by their sizes, beginnings and ends; their names do not matter."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{size} ".encode() + file.read(4096))
+            file.seek(max(0, size - 4096))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
 class JsonlFiles:
     """Samples of several JSONL files under one running number, file after file, line after line.
 
@@ -54,6 +75,9 @@ class JsonlFiles:
         if missing or not self.paths:
             raise ValueError(f"data files that do not exist or are folders: {', '.join(missing) or 'none were named'}.")
         self.starts = [line_starts(path) for path in self.paths]  # tensors: spawned workers share their memory
+        for path in self.paths:
+            _check_no_array(path)
+        self.fingerprint = _fingerprint(self.paths)
         self.bounds = torch.tensor([0, *map(len, self.starts)]).cumsum(0).tolist()
         if not len(self):
             raise ValueError(f"{', '.join(map(str, self.paths))} hold 0 samples; each line is one JSON object.")
@@ -77,7 +101,7 @@ class JsonlFiles:
         with self.paths[which].open("rb") as file:
             file.seek(offset)
             try:
-                return json.loads(file.read(size).decode("utf-8"))
+                return json.loads(file.read(size).decode("utf-8-sig"))
             except ValueError as error:
                 raise ValueError(f"not JSON: {error}") from error
 

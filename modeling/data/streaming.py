@@ -99,6 +99,11 @@ class PackedStream:
                 f"the stopped run had {former['size']} samples and seed {former['seed']}, this one has "
                 f"{len(self.files)} and {self.seed}; resume with the same data and seed, or start a new run."
             )
+        if states[0].get("data", self.files.fingerprint) != self.files.fingerprint:
+            raise ValueError(
+                f"the data files hold as many samples as the stopped run's, {len(self.files)}, but other ones; resume "
+                "with the same data, or start a new run."
+            )
         first = tuple((epoch, place) for epoch, place in former["first"])
         order = SampleOrder(former["size"], former["seed"], self.epochs, first, former["start"])
         positions = [Position(state["taken"], list(state["waiting"])) for state in states]
@@ -110,7 +115,11 @@ class PackedStream:
     @property
     def position(self) -> dict[str, Any]:
         """Where iterating begins, as a pack's `position` tells where it goes on."""
-        return _as_json(self._order, self._position)
+        return self._as_json(self._order, self._position)
+
+    def _as_json(self, order: SampleOrder, position: Position) -> dict[str, Any]:
+        described = {"size": order.size, "seed": order.seed, "first": order.first, "start": order.start}
+        return {**asdict(position), "order": described, "data": self.files.fingerprint}
 
     def __iter__(self) -> Generator[Pack, None, None]:
         if not self.prefetch:
@@ -184,7 +193,7 @@ class PackedStream:
             samples=[f"{path}:{line}" for path, line in lines],
             tokens=sum(feature["input_ids"].numel() for feature in features),
             bad=bad,
-            position=_as_json(order, Position(position.taken, waiting)),
+            position=self._as_json(order, Position(position.taken, waiting)),
         )
 
     def _features(self, order: SampleOrder, position: Position) -> Iterator[tuple[int, Feature | BadSample, bool]]:
@@ -214,11 +223,6 @@ class PackedStream:
                 # Copied: a tensor that lies in a worker's shared memory holds a file descriptor, and they are few.
                 feature = {key: value.clone() for key, value in feature.items()}
             yield index, feature, is_new
-
-
-def _as_json(order: SampleOrder, position: Position) -> dict[str, Any]:
-    described = {"size": order.size, "seed": order.seed, "first": order.first, "start": order.start}
-    return {**asdict(position), "order": described}
 
 
 def _unchanged(feature: Any) -> Any:

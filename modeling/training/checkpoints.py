@@ -2,13 +2,14 @@
 
     RUN/checkpoints/step-00000200/            complete, since it has this name
         __0_0.distcp ... .metadata            trained parameters and optimizer state (torch.distributed.checkpoint)
-        progress.json                         step, data positions, counters
+        progress.json                         step, data positions, counters, and what the run is (`run_identity`)
     RUN/checkpoints/step-00000400.partial/    being written, or what a killed run left
 
 A folder gets its name when every rank has written its part. Frozen parameters are not in it: they come from the
 checkpoint that the run started from.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from modeling.distributed.failures import fail_together
 from modeling.distributed.parallel_state import ParallelState
+from modeling.training.options import TrainOptions
 
 _COMPLETE = re.compile(r"step-(\d{8})")
 # Flat: settings are stored by parameter, because which parameters share a group depends on the mesh. Not strict: frozen
@@ -48,11 +50,50 @@ def _unwritten(path: Path, error: BaseException) -> OSError:
     )
 
 
-class Checkpoints:
-    """The checkpoints of one run. Every method is a collective unless it says otherwise."""
+def run_identity(options: TrainOptions) -> dict[str, Any]:
+    """What a run's checkpoints mean nothing without: what is trained and, where not all is, on top of what."""
+    identity: dict[str, Any] = {"freeze": sorted(options.freeze), "lora": options.lora}
+    if options.lora != "none":
+        identity |= {"lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha}
+    if options.lora != "none" or options.freeze:
+        identity["weights of --model"] = _fingerprint(Path(options.model))
+    return identity
 
-    def __init__(self, folder: Path, state: ParallelState, keep: int, asynchronous: bool) -> None:
+
+def _fingerprint(folder: Path) -> str:
+    """Tells one set of weights from another by names, sizes and ends of its files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - 4096))
+            digest.update(f"{path.name} {size}".encode() + file.read())
+    return digest.hexdigest()[:16]
+
+
+def complete_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that no gradient has reached yet the state that AdamW would begin with, so that every checkpoint
+    of a run holds the same: a vision tower has none before the first image."""
+    example = next((state for state in optimizer.state.values() if "step" in state), None)
+    if example is None:
+        return
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if parameter not in optimizer.state:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros_like(example["step"]), **moments}
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is a collective unless it says otherwise.
+
+    identity: see `run_identity`; a checkpoint of another is refused.
+    """
+
+    def __init__(
+        self, folder: Path, state: ParallelState, keep: int, asynchronous: bool, identity: dict[str, Any] | None = None
+    ) -> None:
         self.folder, self.state, self.keep, self.asynchronous = folder, state, keep, asynchronous
+        self.identity = identity or {}
         self.pending: tuple[Path, Future[Any]] | None = None
         # The writer's alone: it exchanges in a thread of its own, and must not meet what the training loop exchanges.
         self.group: Any = dist.new_group(backend="gloo")
@@ -86,7 +127,9 @@ class Checkpoints:
             if self.state.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                (partial / "progress.json").write_text(json.dumps({"step": step} | progress), encoding="utf-8")
+                described = {"step": step, "run": self.identity} | progress
+                (partial / "progress.json").write_text(json.dumps(described), encoding="utf-8")
+        complete_state(optimizer)
         content = self._content(model, optimizer)
         if self.asynchronous and not wait:
             future = dcp.async_save(content, checkpoint_id=partial, process_group=self.group)
@@ -129,6 +172,18 @@ class Checkpoints:
         older = [other for other in self.steps() if other < step]
         return f"To go on from step {older[-1]}, remove that folder." if older else "There is no older checkpoint."
 
+    def _check_identity(self, path: Path, former: dict[str, Any]) -> None:
+        other = [
+            f"{name} {former[name]} then, {self.identity.get(name)} now"
+            for name in former
+            if former[name] != self.identity.get(name)
+        ]
+        if other:
+            raise ValueError(
+                f"{path} is of a run with other options: {'; '.join(other)}. Go on with the same, or train a new run "
+                "(another --out) from this one's export."
+            )
+
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fill model and optimizer, on whatever mesh they are now; returns the progress that was saved."""
         path = self._path(step)
@@ -139,6 +194,7 @@ class Checkpoints:
                 progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path / 'progress.json'} is broken: {error}. {self._instead(step)}") from error
+            self._check_identity(path, progress.pop("run", {}))
         content = self._content(model, optimizer)
         try:
             dcp.load(content, checkpoint_id=path, process_group=self.group)

@@ -207,8 +207,9 @@ class Trainer:
         )
         # In this thread: with one device per process there is nothing to gain from autograd's own, and where cores are
         # slow its launches take up to a third longer.
-        with torch.autograd.set_multithreading_enabled(False):
-            outputs.loss.backward()
+        if outputs.loss.requires_grad:  # not where all that runs is frozen: mergers alone, on a batch without images
+            with torch.autograd.set_multithreading_enabled(False):
+                outputs.loss.backward()
         if measure and outputs.router_logits:
             length = batch["input_ids"].shape[1]
             behind = (self.state.sp_size - 1 - self.state.sp_rank) * length

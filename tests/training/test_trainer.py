@@ -1,5 +1,6 @@
 """The trainer in one process: stops and resumes, exact means, what it refuses, what it leaves behind."""
 
+import json
 import math
 import random
 import shutil
@@ -28,6 +29,7 @@ from modeling.training.options import TrainOptions
 from modeling.training.plots import read_lines
 from modeling.training.trainer import NonFiniteLoss, StepPlan, Trainer, stop_signal
 from scripts import train as script
+from scripts.make_tiny_checkpoint import make_tiny_checkpoint
 from tests.training.runs import arguments_of, at_step, curve, options_of, read_json, run
 
 STEPS = 7
@@ -211,7 +213,9 @@ def test_refused_runs_leave_the_config_and_say_why(
     before = (undisturbed / "config.yaml").read_text()
     assert run(options_of(tiny_hub, chats, undisturbed, max_steps=STEPS, lr=1.0, resume=False)) == 1
     assert run(options_of(tiny_hub, chats, undisturbed, max_steps=STEPS, lora="attention")) == 1
-    assert "does not hold what this run trains, or is damaged" in capsys.readouterr().err
+    assert "of a run with other options: lora none then, attention now" in capsys.readouterr().err
+    assert run(options_of(tiny_hub, chats, undisturbed, max_steps=STEPS, freeze=["vit"])) == 1
+    assert "freeze [] then, ['vit'] now" in capsys.readouterr().err
     assert (undisturbed / "config.yaml").read_text() == before
     adapter = tmp_path / "adapter-2"
     adapter.mkdir()
@@ -418,3 +422,45 @@ def test_non_finite_stops_and_names_the_samples(make: Any, value: float):
     assert all(sample.split(":")[0].endswith("chats.jsonl") for batch in batches for sample in batch["samples"])
     assert torch.equal(made.model.lm_head.weight.to_local(), before)
     assert made.trainer.checkpoints.steps() == []
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return path
+
+
+def test_a_run_without_images_goes_on(tiny_hub: Path, texts: Path, tmp_path: Path):
+    """The vision tower gets no gradient, and so no optimizer state of its own: the checkpoint has one all the same."""
+    make = partial(options_of, tiny_hub, texts, pack_tokens=64, schedule="constant", warmup_steps=0)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(make(whole, max_steps=4)) == 0
+    assert run(make(halves, max_steps=2)) == 0
+    assert run(make(halves, max_steps=4)) == 0
+    assert curve(halves) == curve(whole) and len(curve(whole)) == 4
+    assert run(make(whole, max_steps=4, export_only=True)) == 0
+    assert (whole / "export-4" / "config.json").exists()
+
+
+def test_mergers_alone_on_text(tiny_hub: Path, texts: Path, tmp_path: Path):
+    """Nothing that is trained takes part: the parameters stay as they are, and the run goes on."""
+    options = options_of(tiny_hub, texts, tmp_path, pack_tokens=64, max_steps=2, freeze=["vit", "lm"])
+    assert run(options) == 0
+    assert [line["grad_norm"] for line in curve(tmp_path)] == [0.0, 0.0]
+
+
+def test_adapters_go_on_as_they_were(tiny_hub: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Another scale, or other weights underneath, would be another model."""
+    out = tmp_path / "run"
+    make = partial(options_of, data=texts, out=out, pack_tokens=64, max_steps=1, lora="attention")
+    assert run(make(model=tiny_hub, lora_alpha=64)) == 0
+    assert run(make(model=tiny_hub, export_only=True)) == 1
+    assert "lora_alpha 64 then, 32 now" in capsys.readouterr().err
+    other = make_tiny_checkpoint(tmp_path / "other", seed=7)
+    assert run(make(model=other, lora_alpha=64, max_steps=2)) == 1
+    assert "weights of --model" in capsys.readouterr().err

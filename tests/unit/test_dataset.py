@@ -310,3 +310,24 @@ def test_stopping_early_leaves_no_thread_waiting(numbers: JsonlFiles):
         assert pack.samples
         break
     assert threading.active_count() == before
+
+
+def test_a_file_is_told_from_another(tmp_path: Path):
+    """Resuming needs the same samples, not only as many; where they lie does not matter."""
+    lines = [json.dumps({"id": i, "tokens": 20}) + "\n" for i in range(30)]
+    for name, content in (("a", lines), ("copy", lines), ("b", [*lines[:-1], lines[0]])):
+        (tmp_path / name).write_text("".join(content))
+    state = next(iter(stream_of(JsonlFiles([tmp_path / "a"])))).position
+    stream_of(JsonlFiles([tmp_path / "copy"])).resume([state])
+    with pytest.raises(ValueError, match="as many samples as the stopped run's, 30, but other ones"):
+        stream_of(JsonlFiles([tmp_path / "b"])).resume([state])
+
+
+def test_arrays_and_byte_order_marks(tmp_path: Path):
+    (tmp_path / "marked.jsonl").write_text('{"id": 1}\n{"id": 2}\n', encoding="utf-8-sig")
+    files = JsonlFiles([tmp_path / "marked.jsonl"])
+    assert [files.read(i)["id"] for i in range(2)] == [1, 2]
+    for array in ('[\n {"id": 1},\n {"id": 2}\n]', '[{"id": 1}, {"id": 2}]'):
+        (tmp_path / "array.json").write_text(array)
+        with pytest.raises(ValueError, match=r"array\.json is one JSON array; write its samples as JSONL"):
+            JsonlFiles([tmp_path / "array.json"])
