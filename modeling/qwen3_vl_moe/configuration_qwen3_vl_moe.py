@@ -113,4 +113,13 @@ class Qwen3VLMoeConfig(upstream.Qwen3VLMoeConfig):
         return written
 
 
+def own_config(config: Any) -> Any:
+    """`config`, or where it is transformers' own (a model's of theirs, AutoConfig's) the same as this fork's."""
+    if not isinstance(config, upstream.Qwen3VLMoeConfig) or isinstance(config, Qwen3VLMoeConfig):
+        return config
+    own = Qwen3VLMoeConfig.from_dict(config.to_dict())
+    own._attn_implementation = config._attn_implementation
+    return own
+
+
 __all__ = ["Qwen3VLMoeConfig", "Qwen3VLMoeTextConfig", "Qwen3VLMoeVisionConfig"]

@@ -64,6 +64,7 @@ class VisionGenerationMixin(GenerationMixin):
         is_first_iteration: bool = False,
         use_cache: bool = True,
         cache: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one step: images go in with the tokens that stand for them, once."""
@@ -72,6 +73,7 @@ class VisionGenerationMixin(GenerationMixin):
             input_ids,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
+            inputs_embeds=inputs_embeds,
             **{CACHE: cache},
             **kwargs,
         )
@@ -124,7 +126,10 @@ class VisionGenerationMixin(GenerationMixin):
             input_ids = inputs_tensor
         is_ids = input_ids.ndim == 2 and not input_ids.is_floating_point()
         grids = {key: model_kwargs.get(key) for _, key in VISUAL_KEYS.values()}
-        visual = is_ids and any(grid is not None for grid in grids.values())
+        has_grids = any(grid is not None for grid in grids.values())
+        if has_grids and not is_ids:
+            raise ValueError("inputs_embeds do not tell where images and videos stand; pass input_ids beside them.")
+        visual = is_ids and has_grids
         if (
             past_length
             and self.model.rope_deltas is not None

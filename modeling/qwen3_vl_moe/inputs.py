@@ -15,7 +15,8 @@ from modeling.qwen3_vl_moe.vision_metadata import VisionMetadata, unpack_metadat
 def normalize_position_ids(
     position_ids: torch.Tensor, batch_size: int, length: int, collated: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotary positions (3, B, S) and, where they came along, text positions (B, S).
+    """Rotary positions (3, B, S) and, where they came along, text positions (B, S), by whose new beginnings
+    transformers' masks tell samples of a row apart.
 
     Args:
         position_ids: (B, S), (3, B, S), (4, B, S) whose first row is the text position, or a collator's (B, 3, S).
@@ -29,7 +30,7 @@ def normalize_position_ids(
     if shape == (batch_size, 3, length) and (collated or batch_size not in (3, 4)):
         position_ids = position_ids.transpose(0, 1).contiguous()
     elif shape == (batch_size, length):
-        position_ids = position_ids[None].expand(3, -1, -1)
+        return position_ids[None].expand(3, -1, -1), position_ids
     elif shape not in ((3, batch_size, length), (4, batch_size, length), (3, 1, length), (4, 1, length)):
         raise ValueError(
             f"position_ids have shape {shape}; for a batch of {batch_size} x {length} tokens expected one of "

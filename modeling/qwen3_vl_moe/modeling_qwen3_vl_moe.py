@@ -54,7 +54,7 @@ from modeling.ops.attention import select_varlen_backend, varlen_attention
 from modeling.ops.fused_moe import fused_moe_forward
 from modeling.ops.linear_cross_entropy import linear_cross_entropy
 from modeling.ops.load_balancing import load_balancing_loss_func
-from modeling.ops.module_hooks import has_hooks
+from modeling.ops.module_hooks import has_hooks, is_plain_linear
 from modeling.ops.rms_norm import rms_norm
 from modeling.ops.rotary import norm_rotate, rotate, rotate_qkv
 from modeling.ops.vision_block import can_fuse, norm_attention, norm_rotated_qkv, project_and_mlp
@@ -64,6 +64,7 @@ from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (
     Qwen3VLMoeTextConfig,
     Qwen3VLMoeVisionConfig,
     check_moe_implementation,
+    own_config,
 )
 from modeling.qwen3_vl_moe.generation import VisionGenerationMixin
 from modeling.qwen3_vl_moe.inputs import (
@@ -822,6 +823,7 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: Qwen3VLMoeConfig) -> None:
+        config = own_config(config)
         super().__init__(config)
         self.visual = Qwen3VLMoeVisionModel._from_config(config.vision_config)
         self.language_model = Qwen3VLMoeTextModel._from_config(config.text_config)
@@ -1037,6 +1039,11 @@ class Qwen3VLMoeModel(Qwen3VLMoePreTrainedModel):
         run_always = state.fsdp_enabled or self.encoder_data_balance is not None
         if past_length:  # a decoding step: what it sampled is text, whatever the token
             visuals = [visual for visual in visuals if visual.pixel_values is not None]
+            if visuals and position_ids is None:
+                raise ValueError(
+                    f"images or videos behind a cache of {past_length} tokens need position_ids (3, B, S): `generate` "
+                    "works them out from the whole conversation, or pass that without a cache."
+                )
         for visual in visuals:
             if visual.metadata is None and visual.grid_thw is not None and visual.pixel_values is not None:
                 patches = visual.pixel_values.shape[0] * state.sp_size
@@ -1095,6 +1102,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
     )
 
     def __init__(self, config: Qwen3VLMoeConfig) -> None:
+        config = own_config(config)
         super().__init__(config)
         self.model = Qwen3VLMoeModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -1172,12 +1180,10 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
         video_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        labels_shifted: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
         tail_padding_length: int = 0,
-        num_valid_labels: int | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
@@ -1193,7 +1199,8 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
             cu_seq_lens_q, max_length_q: boundaries (segments + 1,) int32 of samples packed into one row, and the
                 longest.
             multimodal_metadata: from the collator; without it the forward works it out.
-            labels: (B, S), -100 ignored; position i is the token at i, or the one after it with labels_shifted.
+            labels: (B, S), -100 ignored; position i is the token at i, or the one after it with labels_shifted=True.
+            shift_labels: (B, S), what labels are once shifted, in their place where both are given.
             num_items_in_batch: divisor of the summed loss; None divides by the number of valid labels, over all ranks.
             logits_to_keep: logits for the last n positions only, or for the given indices; 0 keeps all.
             output_router_logits: return raw router logits and the load-balancing loss, which joins the loss.
@@ -1202,13 +1209,19 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
             cache: another name of past_key_values.
 
         Returns:
-            In training mode with labels: the loss, and no logits (they are never held at once). Otherwise logits
-            (B, S, V), and the loss with labels. With several ranks losses are this rank's share: their sum is the loss
-            of all tokens. Under sequence parallelism everything else is this rank's slice.
+            In training mode with labels: the loss, and no logits (they are never held at once; but where somebody
+            attached something to the head). Otherwise logits (B, S, V), and the loss with labels. With several ranks
+            losses are this rank's share: their sum is the loss of all tokens. Under sequence parallelism everything
+            else is this rank's slice.
 
         Raises:
             ValueError: inputs that do not fit together; the message says what came and what was expected.
         """
+        # Not by name: transformers' Trainer takes every argument that says "label" for one of the data's.
+        labels_shifted, num_valid_labels = kwargs.pop("labels_shifted", False), kwargs.pop("num_valid_labels", None)
+        shifted = kwargs.pop("shift_labels", None)
+        if labels is not None and shifted is not None:
+            labels, labels_shifted = shifted, True
         state = get_parallel_state()
         text_config = self.config.text_config
         if output_router_logits is None:
@@ -1240,7 +1253,7 @@ class Qwen3VLMoeForConditionalGeneration(VisionGenerationMixin, Qwen3VLMoePreTra
             if num_items_in_batch is None and state.world_group is not None:
                 num_items_in_batch = (targets != -100).sum()
                 dist.all_reduce(num_items_in_batch, group=state.world_group)
-        if labels is not None and self.training:
+        if labels is not None and self.training and is_plain_linear(self.lm_head):
             loss = linear_cross_entropy(
                 hidden_states.flatten(0, 1),
                 self.lm_head.weight,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import Transpose, WeightConverter
@@ -39,10 +39,13 @@ def layout_of_files(files: list[str], hidden_size: int, expert_intermediate: int
     for path in files:
         if not path.endswith(".safetensors"):
             raise ValueError(f"{path} is not a safetensors file; save the checkpoint as safetensors first.")
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if logical_name(name) is not None]
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            stamps[path] = read_stamp(file.metadata() or {}, path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if logical_name(name) is not None]
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                stamps[path] = read_stamp(file.metadata() or {}, path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); download or write it again.") from error
     return detect_layout(shapes, hidden_size, expert_intermediate, stamps).layout
 
 
@@ -111,13 +114,16 @@ class LayoutAwareModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """transformers' loader with this project's word on the experts' layout in place of its guess."""
-        if checkpoint_files and state_dict is None:
+        is_adapter = any(Path(file).name.startswith("adapter_model") for file in checkpoint_files or ())
+        if checkpoint_files and state_dict is None and not is_adapter:
             text_config = model.config.get_text_config()
             layout = layout_of_files(checkpoint_files, text_config.hidden_size, text_config.moe_intermediate_size)
             load_config = replace(load_config, weight_mapping=expert_conversions(layout))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -148,6 +154,8 @@ class LayoutAwareModel(PreTrainedModel):
         """
         if layout not in LOADABLE:
             raise ValueError(f"layout={layout!r} cannot be saved here; expected one of {', '.join(LOADABLE)}.")
+        if ignored := [name for name in ("push_to_hub", "variant") if kwargs.get(name)]:
+            raise ValueError(f"{', '.join(ignored)}: not done here; save to a folder, then use huggingface_hub.")
         if self._hf_peft_config_loaded:
             kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "max_shard_size": max_shard_size}
             super().save_pretrained(save_directory, **kwargs)
@@ -165,7 +173,7 @@ class LayoutAwareModel(PreTrainedModel):
         self.config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
-        tied = self.all_tied_weights_keys if self.config.tie_word_embeddings else {}
+        tied = self.all_tied_weights_keys if getattr(self.config, "tie_word_embeddings", False) else {}
         stored: dict[str, Any] = {}
         for name, value in state_dict.items():
             if logical_name(name) is not None:

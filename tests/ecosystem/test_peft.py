@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
-from modeling.qwen3_vl_moe import Qwen3VLMoeForCausalLM
+from modeling.qwen3_vl_moe import Qwen3VLMoeForCausalLM, modeling_qwen3_vl_moe
 from tests.ecosystem.chats import padded_batch
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed here: pip install peft")
@@ -99,3 +100,60 @@ def test_vision_adapter_is_upstreams(tiny_hub: Path, tiny_processor: Any, tmp_pa
     upstream = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tiny_hub, dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(upstream, str(tmp_path))
     torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=5e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("head", ["adapter", "copy", "bias", "hook"])
+def test_what_is_attached_to_the_head_takes_part_in_training(
+    tiny_hub: Path, tiny_processor: Any, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of an adapter on lm_head, of PEFT's trained copy of it, of a bias and a hook: upstream's. Only
+    the copy is a plain product, which the chunked loss may compute."""
+    chunked: list[int] = []
+    loss = modeling_qwen3_vl_moe.linear_cross_entropy
+    counted = lambda *args, **kwargs: (chunked.append(1), loss(*args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(modeling_qwen3_vl_moe, "linear_cross_entropy", counted)
+    batch = padded_batch(tiny_processor)
+    found = []
+    for kind in (Qwen3VLMoeForCausalLM, transformers.Qwen3VLMoeForConditionalGeneration):
+        model = kind.from_pretrained(tiny_hub, dtype=torch.float32)
+        torch.manual_seed(0)
+        if head == "bias":
+            model.requires_grad_(False)
+            model.lm_head.bias = torch.nn.Parameter(torch.randn(model.lm_head.out_features))
+        elif head == "hook":
+            model.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
+        else:
+            where = {"adapter": {"target_modules": ["lm_head"]}, "copy": {"modules_to_save": ["lm_head"]}}[head]
+            config = {"target_modules": ["q_proj"], "init_lora_weights": False} | where
+            model = peft.get_peft_model(model, peft.LoraConfig(r=4, **config))
+        output = model.train()(**batch)
+        output.loss.backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((output.loss.detach(), {name: g for name, g in trained.items() if "lm_head" in name}))
+    (ours, mine), (upstream, theirs) = found
+    torch.testing.assert_close(ours, upstream, rtol=1e-5, atol=0)
+    assert mine.keys() == theirs.keys() and mine
+    for name, gradient in mine.items():
+        assert (gradient - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
+    assert bool(chunked) == (head == "copy")
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.10"),
+    reason="5.9's own load_adapter builds a conversion without operations for this model",
+)
+def test_transformers_load_adapter(tiny_hub: Path, tiny_processor: Any, tmp_path: Path) -> None:
+    """An adapter that transformers saved, loaded by `load_adapter` and by its folder alone."""
+    batch = padded_batch(tiny_processor)
+    upstream = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tiny_hub, dtype=torch.float32)
+    torch.manual_seed(0)
+    upstream.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    upstream.peft_config["default"].base_model_name_or_path = str(tiny_hub)
+    upstream.save_pretrained(tmp_path)
+    wanted = logits(upstream, batch)
+    ours = Qwen3VLMoeForCausalLM.from_pretrained(tiny_hub, dtype=torch.float32)
+    before = logits(ours, batch)
+    ours.load_adapter(str(tmp_path))
+    for model in (ours, Qwen3VLMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
+        torch.testing.assert_close(logits(model, batch), wanted, rtol=0, atol=5e-5 * wanted.abs().max().item())
+    assert (wanted - before).abs().max() > 0.1

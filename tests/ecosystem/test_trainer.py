@@ -79,3 +79,15 @@ def test_upstream_loads_what_the_trainer_saved(undisturbed: Trainer, tiny_proces
     expected = undisturbed.model.state_dict()
     for name, value in upstream.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_evaluation_has_a_loss(tiny_hub: Path, tiny_processor: Any, tmp_path: Path) -> None:
+    """transformers' Trainer looks for the labels by the names of forward's arguments."""
+    trainer = make_trainer(tiny_hub, tiny_processor, tmp_path)
+    assert trainer.label_names == ["labels"]
+    data = trainer.train_dataset
+    found = trainer.evaluate(torch.utils.data.Subset(data, range(2)))["eval_loss"]
+    batch = trainer.data_collator([data[0], data[1]])
+    with torch.no_grad():
+        wanted = trainer.model.eval()(**batch).loss
+    assert found == pytest.approx(wanted.item(), rel=1e-6)

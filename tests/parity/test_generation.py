@@ -117,3 +117,30 @@ def test_from_the_fused_layout(tiny_hub: Path, tiny_fused: Path, inputs_of: Inpu
         for folder in (tiny_hub, tiny_fused)
     ]
     assert torch.equal(*replies)
+
+
+def test_from_embeddings(pair: tuple, inputs_of: InputsOf) -> None:
+    """Text alone, or with images where the token ids stand beside; without them images have no place."""
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    text, image = inputs_of("text"), inputs_of("image")
+    found: list[list[torch.Tensor]] = []
+    for model in pair:
+        embed = model.get_input_embeddings()
+        alone = {"inputs_embeds": embed(text["input_ids"]), "attention_mask": text["attention_mask"]}
+        both = {**image, "inputs_embeds": embed(image["input_ids"])}
+        found.append([model.generate(**given, **options) for given in (alone, both)])
+    assert all(map(torch.equal, *found))
+    ours = pair[0]
+    given = {key: value for key, value in image.items() if key not in ("input_ids", "mm_token_type_ids")}
+    with pytest.raises(ValueError, match="pass input_ids beside them"):
+        ours.generate(inputs_embeds=ours.get_input_embeddings()(image["input_ids"]), **given, **options)
+
+
+def test_images_behind_a_cache_want_positions(ours: torch.nn.Module, inputs_of: InputsOf) -> None:
+    """A forward by hand: without the whole conversation it cannot know where the new image stands."""
+    with torch.no_grad():
+        first = ours(**inputs_of("text"), use_cache=True)
+        inputs = inputs_of("image")
+        inputs.pop("attention_mask")
+        with pytest.raises(ValueError, match=r"behind a cache of \d+ tokens need position_ids"):
+            ours(**inputs, past_key_values=getattr(first, CACHE))

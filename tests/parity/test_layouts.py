@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 from transformers import Qwen3VLMoeForConditionalGeneration as Upstream
 
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig, Qwen3VLMoeForCausalLM, Qwen3VLMoeModel
@@ -168,3 +169,30 @@ def test_meta_device_needs_no_extra_step(tiny_hub: Path, ours: torch.nn.Module, 
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(**inputs_of("image")).logits, ours(**inputs_of("image")).logits)
+
+
+def test_a_damaged_file_is_named(tiny_fused: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_fused, tmp_path / "cut")
+    file = sorted((tmp_path / "cut").glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*download or write it again"):
+        Qwen3VLMoeForCausalLM.from_pretrained(tmp_path / "cut")
+
+
+def test_transformers_own_config_is_taken(tiny_hub: Path, ours: torch.nn.Module, inputs_of: InputsOf) -> None:
+    """AutoConfig's, and one that a model of theirs carries."""
+    theirs = Upstream.from_pretrained(tiny_hub).config
+    model = Qwen3VLMoeForCausalLM(theirs)
+    assert type(model.config) is Qwen3VLMoeConfig and model.config._attn_implementation == theirs._attn_implementation
+    loaded = Qwen3VLMoeForCausalLM.from_pretrained(tiny_hub, config=AutoConfig.from_pretrained(tiny_hub))
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs_of("image")).logits, ours(**inputs_of("image")).logits)
+
+
+def test_what_a_save_does_not_do_is_an_error(ours: torch.nn.Module, tmp_path: Path) -> None:
+    for option in ({"variant": "fp32"}, {"push_to_hub": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: not done here"):
+            ours.save_pretrained(tmp_path / "no", **option)
+    assert not (tmp_path / "no").exists()
+    ours.model.visual.save_pretrained(tmp_path / "visual")
+    assert load_file(tmp_path / "visual" / "model.safetensors").keys() == ours.model.visual.state_dict().keys()

@@ -102,3 +102,29 @@ def test_precomputed_metadata_gives_the_same_bits(ours: torch.nn.Module, inputs_
     without = {key: value for key, value in batch.items() if key != "multimodal_metadata"}
     with torch.no_grad():
         assert torch.equal(ours(**batch).logits, ours(**without).logits)
+
+
+def test_positions_that_begin_anew_tell_samples_apart(ours: torch.nn.Module, inputs_of: InputsOf) -> None:
+    """As transformers' padding-free collator packs: one row, positions (1, S), no boundaries, no mask."""
+    first, second = (inputs_of(case)["input_ids"] for case in ("text", "video"))
+    second = second.clamp(max=1000)  # text again
+    lengths = first.shape[1], second.shape[1]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        packed = ours(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        alone = ours(input_ids=second).logits
+    torch.testing.assert_close(packed[:, lengths[0] :], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_shift_labels_stand_in_for_labels(ours: torch.nn.Module, inputs_of: InputsOf, training: bool) -> None:
+    """By transformers' name: position i's own target, in place of `labels` where both are given."""
+    inputs = inputs_of("text")
+    labels = inputs["input_ids"]
+    targets = labels.roll(-3, 1)
+    with torch.no_grad():
+        logits = ours.eval()(**inputs).logits
+        wanted = torch.nn.functional.cross_entropy(logits[0], targets[0])
+        found = ours.train(training)(**inputs, labels=labels, shift_labels=targets).loss
+    ours.eval()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
