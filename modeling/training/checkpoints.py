@@ -86,7 +86,7 @@ def complete_state(optimizer: torch.optim.Optimizer) -> None:
 class Checkpoints:
     """The checkpoints of one run. Every method is a collective unless it says otherwise.
 
-    identity: see `run_identity`; a checkpoint of another is refused.
+    identity: see `run_identity`; a checkpoint of another is refused. None: nothing is compared.
     """
 
     def __init__(
@@ -173,12 +173,14 @@ class Checkpoints:
         return f"To go on from step {older[-1]}, remove that folder." if older else "There is no older checkpoint."
 
     def _check_identity(self, path: Path, former: dict[str, Any]) -> None:
+        """Raise a ValueError where both the checkpoint and the run say what they are, and differ."""
+        now = self.identity
         other = [
-            f"{name} {former[name]} then, {self.identity.get(name)} now"
-            for name in former
-            if former[name] != self.identity.get(name)
+            f"{name} {former.get(name)} then, {now.get(name)} now"
+            for name in sorted(former.keys() | now.keys())
+            if former.get(name) != now.get(name)
         ]
-        if other:
+        if former and now and other:
             raise ValueError(
                 f"{path} is of a run with other options: {'; '.join(other)}. Go on with the same, or train a new run "
                 "(another --out) from this one's export."
