@@ -50,8 +50,8 @@ def _check_no_array(path: Path) -> None:
         raise ValueError(f"{path} is one JSON array; write its samples as JSONL, one object a line.")
 
 
-def _fingerprint(paths: Sequence[Path]) -> str:
-    """Tells one set of files from another by their sizes, beginnings and ends; their names do not matter."""
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Tells one list of files from another by their sizes, beginnings and ends; their names do not matter."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -77,7 +77,7 @@ class JsonlFiles:
         self.starts = [line_starts(path) for path in self.paths]  # tensors: spawned workers share their memory
         for path in self.paths:
             _check_no_array(path)
-        self.fingerprint = _fingerprint(self.paths)
+        self.fingerprint = fingerprint(self.paths)
         self.bounds = torch.tensor([0, *map(len, self.starts)]).cumsum(0).tolist()
         if not len(self):
             raise ValueError(f"{', '.join(map(str, self.paths))} hold 0 samples; each line is one JSON object.")

@@ -9,7 +9,6 @@ A folder gets its name when every rank has written its part. Frozen parameters a
 checkpoint that the run started from.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from modeling.data.jsonl import fingerprint
 from modeling.distributed.failures import fail_together
 from modeling.distributed.parallel_state import ParallelState
 from modeling.training.options import TrainOptions
@@ -56,31 +56,20 @@ def run_identity(options: TrainOptions) -> dict[str, Any]:
     if options.lora != "none":
         identity |= {"lora_rank": options.lora_rank, "lora_alpha": options.lora_alpha}
     if options.lora != "none" or options.freeze:
-        identity["weights of --model"] = _fingerprint(Path(options.model))
+        identity["weights of --model"] = fingerprint(sorted(Path(options.model).rglob("*.safetensors")))
     return identity
-
-
-def _fingerprint(folder: Path) -> str:
-    """Tells one set of weights from another by names, sizes and ends of its files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size - 4096))
-            digest.update(f"{path.name} {size}".encode() + file.read())
-    return digest.hexdigest()[:16]
 
 
 def complete_state(optimizer: torch.optim.Optimizer) -> None:
     """Give parameters that no gradient has reached yet the state that AdamW would begin with, so that every checkpoint
     of a run holds the same: a vision tower has none before the first image."""
-    example = next((state for state in optimizer.state.values() if "step" in state), None)
-    if example is None:
-        return
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        if parameter not in optimizer.state:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros_like(example["step"]), **moments}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                # As AdamW has it: the fused one counts its steps beside the parameter, the others on the host.
+                step = torch.zeros((), device=parameter.device if group["fused"] else "cpu", dtype=torch.float32)
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": step, **moments}
 
 
 class Checkpoints:
