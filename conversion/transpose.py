@@ -5,7 +5,7 @@ dtype whose rows are contiguous; consecutive rows may lie any distance apart. `c
 `conversion.transpose_simd` where numba is installed and there is enough to do, else `transpose_numpy`.
 Measured on one core of an AMD EPYC (Genoa), bf16 experts of the published sizes, bytes of the matrix a second: numba 5
 to 6 GB/s, numpy blocked as here 2.5 to 2.8, torch's copy of an int16 view 2.3, numpy's own 0.4 to 1.7.
-`scripts/benchmark_conversion.py` measures them again.
+`scripts/benchmarks/benchmark_conversion.py` measures them again.
 """
 
 from collections.abc import Callable

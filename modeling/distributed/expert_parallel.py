@@ -9,7 +9,7 @@ no second copy is made. Per layer and forward:
     collect   all-to-all of rows, expert's rank -> sender
 
 dispatch and collect are each other's inverse, and as linear maps each other's adjoint: the backward of one is the
-other. The expert layer (`ops/fused_moe.py`) calls them on gradients in its own backward, with the same sizes.
+other. The expert layer (`ops/experts/`) calls them on gradients in its own backward, with the same sizes.
 
 Recomputed forwards need no counts: `recompute_context_fn` makes activation checkpointing hand the first forward's plan
 to the second one, so a recomputed layer neither exchanges counts nor waits for the host:

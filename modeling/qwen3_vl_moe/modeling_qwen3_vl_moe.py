@@ -51,12 +51,10 @@ from modeling.distributed.sequence_parallel import (
     sp_pad_and_slice,
 )
 from modeling.ops.attention import select_varlen_backend, varlen_attention
-from modeling.ops.fused_moe import fused_moe_forward
-from modeling.ops.linear_cross_entropy import linear_cross_entropy
-from modeling.ops.load_balancing import load_balancing_loss_func
-from modeling.ops.module_hooks import has_hooks, is_plain_linear
-from modeling.ops.rms_norm import rms_norm
-from modeling.ops.rotary import norm_rotate, rotate, rotate_qkv
+from modeling.ops.experts import fused_moe_forward
+from modeling.ops.launch import has_hooks, is_plain_linear
+from modeling.ops.loss import linear_cross_entropy, load_balancing_loss_func
+from modeling.ops.norm_rotary import norm_rotate, rms_norm, rotate, rotate_qkv
 from modeling.ops.vision_block import can_fuse, norm_attention, norm_rotated_qkv, project_and_mlp
 from modeling.qwen3_vl_moe.cache_name import CACHE, one_cache
 from modeling.qwen3_vl_moe.configuration_qwen3_vl_moe import (

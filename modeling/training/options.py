@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from modeling.ops.fused_moe import BACKENDS
+from modeling.ops.experts import BACKENDS
 
 PARTS = ("vit", "merger", "lm")
 _LEAST = {

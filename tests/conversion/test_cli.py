@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 
 from conversion import hf_to_veomni, progress, veomni_to_hf
 from conversion.progress import Progress, duration
-from scripts.benchmark_conversion import make_checkpoint, published_config
+from scripts.benchmarks.benchmark_conversion import make_checkpoint, published_config
 from tests.conversion.synthetic import assert_same, read_logical, write_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]

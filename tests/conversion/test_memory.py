@@ -1,6 +1,6 @@
 """The bound on resident memory, on tensors that are larger than it.
 
-The same at real size, 12 GB under 1 GB and under 512 MB: python scripts/benchmark_conversion.py memory
+The same at real size, 12 GB under 1 GB and under 512 MB: python scripts/benchmarks/benchmark_conversion.py memory
 """
 
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from conversion import verify
 from conversion.checkpoint import open_checkpoint
-from scripts.benchmark_conversion import make_checkpoint, published_config
+from scripts.benchmarks.benchmark_conversion import make_checkpoint, published_config
 
 BOUND = 160 * 10**6
 REPO = Path(__file__).resolve().parents[2]

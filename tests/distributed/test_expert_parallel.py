@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from modeling.distributed.expert_parallel import plan_exchange, recompute_context_fn
-from modeling.ops.fused_moe import fused_moe_forward
-from modeling.ops.moe_routing import route_by_expert
+from modeling.ops.experts import fused_moe_forward
+from modeling.ops.experts.routing import route_by_expert
 
 EXPERTS, H, I, K = 8, 24, 20, 3
 ROUTES = ["random", "skewed", "one expert", "empty ranks", "duplicates"]

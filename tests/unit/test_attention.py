@@ -141,7 +141,7 @@ def test_flash_attention_4_is_given_wide_heads(heads: tuple[int, int], monkeypat
     import sys
     from types import ModuleType
 
-    from modeling.ops import attention, flash_attention_4
+    from modeling.ops.attention import flash_attention_4, reference
 
     seen = []
 
@@ -149,7 +149,7 @@ def test_flash_attention_4_is_given_wide_heads(heads: tuple[int, int], monkeypat
         seen.append({x.shape[-1] for x in (query, key, value, out, d_out)})
         assert not any(x[..., 8:].any() for x in (query, key, value, out, d_out))
         options = {"cu_seqlens": cu_seqlens_q, "max_seqlen": max_seqlen_q, "causal": causal, "scale": scale}
-        return attention.segments_backward(d_out, query, key, value, out, **options)
+        return reference.segments_backward(d_out, query, key, value, out, **options)
 
     package = ModuleType("flash_attn.cute.interface")
     package._flash_attn_bwd = backward
@@ -172,7 +172,7 @@ def test_flash_attention_4_is_given_wide_heads(heads: tuple[int, int], monkeypat
 
 def test_kernel_of_a_first_call_is_kept() -> None:
     """The kernel that the package compiles for one call, and nothing of its own cache changed or used by that."""
-    from modeling.ops import flash_attention_4
+    from modeling.ops.attention import flash_attention_4
 
     def function(x: int) -> int:
         if x not in function.compile_cache:
@@ -199,7 +199,7 @@ def test_kernel_of_a_first_call_is_kept() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_written_out_backward_is_autograds(causal: bool) -> None:
     """The formula that compiled blocks use on the CPU."""
-    from modeling.ops.attention import segments_backward
+    from modeling.ops.attention.reference import segments_backward
 
     query, key, value, cu_seqlens = packed()
     options = {"cu_seqlens": cu_seqlens, "max_seqlen": 12, "causal": causal, "scale": 0.3}

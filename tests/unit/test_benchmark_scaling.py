@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
-from scripts.benchmark_scaling import PIECE, default_meshes, parse_mesh, samples_of, use_zipf_routing
+from scripts.benchmarks.benchmark_scaling import PIECE, default_meshes, parse_mesh, samples_of, use_zipf_routing
 from tests.distributed.toy import toy_config
 
 

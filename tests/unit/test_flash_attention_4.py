@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from modeling.ops import attention, flash_attention_4
+from modeling.ops.attention import flash_attention_4, reference
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 32
 LENGTHS = [5, 40, 1, 16, 33, 12]
@@ -68,7 +68,7 @@ def make_package(launches: list[str]) -> ModuleType:
             assert len(rest) == 10 and isinstance(rest[7], package.AuxData)
             assert not any(x is not None for x in (*rest[:7], *rest[8:]))
             options = {"cu_seqlens": cu_q, "max_seqlen": 0, "causal": causal, "scale": scale}
-            out.copy_(attention.VARLEN_BACKENDS["eager"](q, k, v, **options))
+            out.copy_(reference.eager_segments(q, k, v, **options))
             lse.zero_()
 
         out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
@@ -124,7 +124,7 @@ def make_package(launches: list[str]) -> ModuleType:
             for part, own in zip(padded_rows(products, 1, cu, BLOCK_ROWS), sums_of_rows, strict=True):
                 torch.testing.assert_close(part[..., 0], own.T)
             options = {"cu_seqlens": cu, "max_seqlen": 0, "causal": causal, "scale": scale}
-            gradients = attention.segments_backward(d_out, q, k, v, out, **options)
+            gradients = reference.segments_backward(d_out, q, k, v, out, **options)
             targets = [(sums, BLOCK_ROWS, scale)] + [(d_k, BLOCK_COLUMNS, scale), (d_v, BLOCK_COLUMNS, 1.0)] * shared
             for (target, block, factor), gradient in zip(targets, gradients, strict=False):
                 parts = padded_rows(target, made.tile_hdim, cu, block)
@@ -195,8 +195,8 @@ def check(heads: tuple[int, int], dim: int, lengths: list[int], causal: bool, in
     d_out = torch.randn(rows, heads[0], dim, generator=generator)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     options = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "causal": causal, "scale": 0.3}
-    wanted = attention.VARLEN_BACKENDS["eager"](query, key, value, **options)
-    gradients = attention.segments_backward(d_out, query, key, value, wanted, **options)
+    wanted = reference.eager_segments(query, key, value, **options)
+    gradients = reference.segments_backward(d_out, query, key, value, wanted, **options)
     out, lse = flash_attention_4.forward(query, key, value, **options)
     torch.testing.assert_close(out, wanted)
     target = torch.full_like(joint, float("nan")).split([heads[0], heads[1], heads[1]], dim=1) if into else None

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from modeling.ops import fused_moe, moe_layer, moe_pointwise, quack_support
-from modeling.ops.fused_moe import default_backend, fused_moe_forward
-from modeling.ops.moe_routing import lay_out_rows_reference, route_by_expert
+from modeling.ops import experts as package
+from modeling.ops import launch
+from modeling.ops.experts import autograd, default_backend, fused_moe_forward, pointwise
+from modeling.ops.experts.routing import lay_out_rows_reference, route_by_expert
 
 # (T, H, I, E, K), all distinct. The second has widths that are no multiple of 16 bytes: grouped_mm cannot take it.
 SHAPES = [(37, 24, 20, 7, 3), (37, 22, 10, 7, 3)]
@@ -120,7 +121,7 @@ def test_a_retained_graph_runs_again(backend: str, monkeypatch: pytest.MonkeyPat
     gradient = torch.randn(37, 24).to(out)
     first, second = (torch.autograd.grad(out, leaves, gradient, retain_graph=True) for _ in range(2))
     with monkeypatch.context() as patch:
-        patch.setattr(moe_layer, "_graph_is_kept", lambda: False)
+        patch.setattr(autograd, "_graph_is_kept", lambda: False)
         third = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(out, leaves, gradient)
@@ -319,46 +320,46 @@ def test_default_backend_is_chosen_once_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for cached in (fused_moe._decide, quack_support.why_not_quack):
+    for cached in (package._decide, launch.why_not_quack):
         cached.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(quack_support.importlib.util, "find_spec", lambda name: object() if installed else None)
-    with caplog.at_level(logging.INFO, logger=fused_moe.__name__):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object() if installed else None)
+    with caplog.at_level(logging.INFO, logger=package.__name__):
         assert [default_backend(torch.device(device), dtype, *sizes) for _ in range(3)] == [backend] * 3
-    for cached in (fused_moe._decide, quack_support.why_not_quack):
+    for cached in (package._decide, launch.why_not_quack):
         cached.cache_clear()
     assert len(caplog.messages) == 1 and backend in caplog.messages[0] and why in caplog.messages[0]
 
 
 def check_triton_kernels() -> None:
-    from modeling.ops import moe_triton
+    from modeling.ops.experts import triton
 
     torch.manual_seed(0)
     for experts, choices in ((6, torch.randint(1, 5, (1500, 3))), (300, torch.randint(0, 300, (1, 1)))):
         order_of = torch.sort(choices.flatten().to(torch.int16), stable=True)
         for a, b in zip(
-            moe_triton.lay_out_rows(*order_of, choices.shape, experts),
+            triton.lay_out_rows(*order_of, choices.shape, experts),
             lay_out_rows_reference(*order_of, choices.shape, experts),
             strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
     rows, intermediate, tokens, top_k, hidden = 35, 300, 5, 7, 1100  # no multiple of any block
     pre, d_act, weight = torch.randn(rows, 2 * intermediate), torch.randn(rows, intermediate), torch.rand(rows)
-    torch.testing.assert_close(moe_triton.swiglu(pre), moe_pointwise.swiglu_reference(pre))
-    expected = moe_pointwise.swiglu_backward_reference(d_act, pre, weight)
-    torch.testing.assert_close(moe_triton.swiglu_backward(d_act, pre, weight), expected)
+    torch.testing.assert_close(triton.swiglu(pre), pointwise.swiglu_reference(pre))
+    expected = pointwise.swiglu_backward_reference(d_act, pre, weight)
+    torch.testing.assert_close(triton.swiglu_backward(d_act, pre, weight), expected)
     alternate = torch.stack(pre.chunk(2, -1), -1).flatten(1)
-    d_alternate, *rest = moe_triton.swiglu_backward(d_act, alternate, weight, interleaved=True)
+    d_alternate, *rest = triton.swiglu_backward(d_act, alternate, weight, interleaved=True)
     torch.testing.assert_close(torch.cat([d_alternate[:, ::2], d_alternate[:, 1::2]], -1), expected[0])
     torch.testing.assert_close(rest, list(expected[1:]))
     for columns, interleaved in ((pre.clone(), False), (alternate.clone(), True)):
-        elsewhere = moe_triton.swiglu_backward(d_act, columns, weight, interleaved=interleaved)
-        in_place = moe_triton.swiglu_backward(d_act, columns, weight, in_place=True, interleaved=interleaved)
+        elsewhere = triton.swiglu_backward(d_act, columns, weight, interleaved=interleaved)
+        in_place = triton.swiglu_backward(d_act, columns, weight, in_place=True, interleaved=interleaved)
         assert in_place[0] is columns and all(map(torch.equal, in_place, elsewhere))
     values, position = torch.randn(rows, hidden), torch.randperm(rows).view(tokens, top_k).int()
     for w in (torch.rand(tokens, top_k), None):
-        reference = moe_pointwise.gather_sum_reference(values, position, w)
-        torch.testing.assert_close(moe_triton.gather_sum(values, position, w), reference)
+        reference = pointwise.gather_sum_reference(values, position, w)
+        torch.testing.assert_close(triton.gather_sum(values, position, w), reference)
 
 
 def test_triton_kernels_equal_their_references(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,4 +133,4 @@ def test_rules_catch_what_they_forbid() -> None:
     assert UPSTREAM_IMPLEMENTATION.match("transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeModel")
     assert not UPSTREAM_IMPLEMENTATION.match("transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe")
     assert not UPSTREAM_IMPLEMENTATION.match("transformers.Qwen3VLMoeConfig")
-    assert not violations("from . import moe_routing\nimport torch\n", "modeling.ops.x", is_package=False)
+    assert not violations("from . import rotary\nimport torch\n", "modeling.ops.x", is_package=False)

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling.ops import linear_cross_entropy as module
-from modeling.ops import vocab_softmax
-from modeling.ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
+from modeling.ops.loss import cross_entropy as module
+from modeling.ops.loss import vocab_softmax
+from modeling.ops.loss.cross_entropy import linear_cross_entropy, linear_log_probs
 
 T, H, V = 37, 16, 101
 
@@ -181,34 +181,32 @@ def test_wrong_input_is_refused_with_both_numbers() -> None:
 
 
 def check_triton_kernel() -> None:
-    from modeling.ops import vocab_triton
+    from modeling.ops.loss import triton
 
     torch.manual_seed(0)
     rows, vocabulary = 6, 9001  # more than one block, and no multiple of it
     logits, labels = torch.randn(rows, vocabulary) * 5, torch.randint(0, vocabulary, (rows,))
     labels[2] = -100
     statistics = vocab_softmax.row_statistics_reference(logits, labels, -100)
-    torch.testing.assert_close(vocab_triton.row_statistics(logits, labels, -100), statistics)
+    torch.testing.assert_close(triton.row_statistics(logits, labels, -100), statistics)
     d_log_prob, d_entropy = torch.randn(2, rows)
     log_sum, label_logit, entropy = statistics
     for extra in ((None, None), (entropy, d_entropy)):
         arguments = (labels, log_sum, d_log_prob, -100, *extra)
-        got = vocab_triton.logits_gradient_(logits.clone(), *arguments)
+        got = triton.logits_gradient_(logits.clone(), *arguments)
         torch.testing.assert_close(got, vocab_softmax.logits_gradient_reference_(logits.clone(), *arguments))
     fused = logits.clone()
-    torch.testing.assert_close(
-        vocab_triton.statistics_and_gradient_(fused, labels, d_log_prob, -100), (log_sum, label_logit)
-    )
+    torch.testing.assert_close(triton.statistics_and_gradient_(fused, labels, d_log_prob, -100), (log_sum, label_logit))
     arguments = (labels, log_sum, d_log_prob, -100)
     torch.testing.assert_close(fused, vocab_softmax.logits_gradient_reference_(logits.clone(), *arguments))
 
     # For the interpreter, in a process that ends with this test: small blocks, and fp32, because it multiplies the bit
     # patterns of bf16; the kernel itself takes any float.
-    vocab_triton._PRODUCT_BLOCKS = (64, 64, 32, 4, 2)
+    triton._PRODUCT_BLOCKS = (64, 64, 32, 4, 2)
     left, right = torch.randn(3, 70, 304), torch.randn(3, 70, 96)
     high, low = torch.empty(304, 96, dtype=torch.bfloat16), torch.empty(304, 96, dtype=torch.int8)
     for part in range(3):
-        vocab_triton.add_product_(high, low, left[part], right[part], first=part == 0)
+        triton.add_product_(high, low, left[part], right[part], first=part == 0)
     exact = (left.transpose(1, 2) @ right).sum(0)
     bits = (high.view(torch.int16).int() << 16) + (low.int() << 8)
     # 16 bits of mantissa where bf16 has 8: the sum of parts is as good as one rounding of the whole.

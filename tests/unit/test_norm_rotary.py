@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.ops.rms_norm import rms_norm, rms_norm_reference
-from modeling.ops.rotary import rotate, rotate_qkv, rotate_reference
+from modeling.ops.norm_rotary import rms_norm, rms_norm_reference, rotate, rotate_qkv, rotate_reference
 
 HAS_GPU = torch.cuda.is_available()
 SHAPES = [(5, 48), (3, 7, 12), (130, 2048), (1, 4096)]
@@ -60,8 +59,8 @@ def gradients_of(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 def check_kernels(device: str, dtype: torch.dtype, bound: float) -> None:
     """Forward and backward of every kernel against its reference in float32, by relative norm; repeated bit by bit."""
-    from modeling.ops import rms_norm as norm_module
-    from modeling.ops import rotary as rotary_module
+    from modeling.ops.norm_rotary import norm as norm_module
+    from modeling.ops.norm_rotary import rotary as rotary_module
 
     generator = torch.Generator().manual_seed(0)
 

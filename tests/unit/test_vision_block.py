@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from modeling import ops
-from modeling.ops import attention, flash_attention_4, vision_block, vision_pointwise
+from modeling.ops import vision_block
+from modeling.ops.attention import flash_attention_4, reference
+from modeling.ops.vision_block import fused as fused_block
+from modeling.ops.vision_block import pointwise
 from modeling.qwen3_vl_moe import Qwen3VLMoeConfig
 from modeling.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention, Qwen3VLMoeVisionBlock
 
@@ -64,7 +66,7 @@ def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> d
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused functions on a CPU, over the references of the kernels."""
-    monkeypatch.setattr(vision_block, "use_triton", lambda tensor: not torch.compiler.is_compiling())
+    monkeypatch.setattr(fused_block, "use_triton", lambda tensor: not torch.compiler.is_compiling())
 
 
 @pytest.fixture
@@ -72,11 +74,11 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn 4's place taken by the definition."""
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> tuple:
-        return attention.VARLEN_BACKENDS["eager"](query, key, value, **options), query.new_zeros(1)
+        return reference.eager_segments(query, key, value, **options), query.new_zeros(1)
 
     def backward(*tensors: torch.Tensor, into: tuple[torch.Tensor, ...], **options) -> None:
         *tensors, _ = tensors
-        for target, gradient in zip(into, attention.segments_backward(*tensors, **options), strict=True):
+        for target, gradient in zip(into, reference.segments_backward(*tensors, **options), strict=True):
             target.copy_(gradient)
 
     monkeypatch.setattr(flash_attention_4, "forward", forward)
@@ -105,10 +107,10 @@ def check_block(device: str, dtype: torch.dtype, factor: float, **sizes: int) ->
     block.to(device)
     given = inputs(block)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision_block, "use_triton", lambda tensor: False)
+        patch.setattr(fused_block, "use_triton", lambda tensor: False)
         wanted = outputs_and_gradients(exact_block, exact)
         plain = outputs_and_gradients(block, given)
-        patch.setattr(vision_block, "use_triton", lambda tensor: True)
+        patch.setattr(fused_block, "use_triton", lambda tensor: True)
         found = outputs_and_gradients(block, given)
         again = outputs_and_gradients(block, given)
     for name in found:
@@ -136,8 +138,8 @@ def test_equals_the_modules_around_flash_attention(
 
 def test_negative_control(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm recomputed with another epsilon in backward is noticed."""
-    real = vision_block.layer_norm
-    monkeypatch.setattr(vision_block, "layer_norm", lambda x, weight, bias, eps: real(x, weight, bias, 0.3))
+    real = fused_block.layer_norm
+    monkeypatch.setattr(fused_block, "layer_norm", lambda x, weight, bias, eps: real(x, weight, bias, 0.3))
     with pytest.raises(AssertionError, match="the modules"):
         check_block("cpu", torch.float32, 1.5)
 
@@ -165,7 +167,7 @@ def test_keeps_a_fifth(fused: None, flash: None, monkeypatch: pytest.MonkeyPatch
 
     assert 3 <= kept(block) < 3.2
     assert 6 <= kept(make_block(hidden=64, heads=4, intermediate=240, keep_qkv=True)) < 6.2
-    monkeypatch.setattr(vision_block, "use_triton", lambda tensor: False)
+    monkeypatch.setattr(fused_block, "use_triton", lambda tensor: False)
     assert kept(block) > 14
 
 
@@ -174,7 +176,7 @@ def test_quack_is_asked_where_it_runs(
     reason: str | None, aligned: bool, asked: int, fused: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its place in the block's gradients is that of the two steps it replaces."""
-    real, counted = vision_pointwise.gelu_backward_reference_, []
+    real, counted = pointwise.gelu_backward_reference_, []
 
     def stand_in(d_out: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         counted.append(weight.shape)
@@ -188,16 +190,16 @@ def test_quack_is_asked_where_it_runs(
     given = inputs(block)
     wanted = outputs_and_gradients(block, given)
     module = SimpleNamespace(gelu_product_backward_=stand_in)
-    monkeypatch.setitem(sys.modules, "modeling.ops.vision_quack", module)
-    monkeypatch.setattr(ops, "vision_quack", module, raising=False)
-    monkeypatch.setattr(vision_pointwise, "why_not_quack", lambda *what: reason)
+    monkeypatch.setitem(sys.modules, "modeling.ops.vision_block.quack", module)
+    monkeypatch.setattr(vision_block, "quack", module, raising=False)
+    monkeypatch.setattr(pointwise, "why_not_quack", lambda *what: reason)
     kernels = SimpleNamespace(
-        **{name: getattr(vision_pointwise, name.rstrip("_") + "_reference" + "_" * name.endswith("_"))
+        **{name: getattr(pointwise, name.rstrip("_") + "_reference" + "_" * name.endswith("_"))
            for name in ("layer_norm", "layer_norm_backward", "gelu_backward_", "rotate_joint_backward_")}
     )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "modeling.ops.vision_triton", kernels)
-    monkeypatch.setattr(ops, "vision_triton", kernels, raising=False)
-    monkeypatch.setattr(vision_pointwise, "use_triton", lambda tensor: tensor.shape[-1] == 80)
+    monkeypatch.setitem(sys.modules, "modeling.ops.vision_block.triton", kernels)
+    monkeypatch.setattr(vision_block, "triton", kernels, raising=False)
+    monkeypatch.setattr(pointwise, "use_triton", lambda tensor: tensor.shape[-1] == 80)
     found = outputs_and_gradients(block, given)
     assert counted == [(48, 80)] * asked
     for name, value in found.items():
@@ -262,42 +264,43 @@ def check_kernels(device: str, dtype: torch.dtype, bound: float) -> None:
         x, branch, d_h, d_total = (draw(P, H) for _ in range(4))
         weight, bias, branch_bias, tail = (draw(H) for _ in range(4))
         args = (x, weight, bias, 1e-6)
-        close(vision_pointwise.layer_norm(*args), vision_pointwise.layer_norm_reference(*args))
+        close(pointwise.layer_norm(*args), pointwise.layer_norm_reference(*args))
         args = (x, branch, branch_bias, tail, weight, bias, 1e-6)
-        found = vision_pointwise.add_layer_norm(*args)
-        close(found, vision_pointwise.add_layer_norm_reference(*args))
+        found = pointwise.add_layer_norm(*args)
+        close(found, pointwise.add_layer_norm_reference(*args))
         args = (d_h, found[0], *found[-2:], weight, d_total)
         close(
-            vision_pointwise.layer_norm_backward(*args),
-            vision_pointwise.layer_norm_backward_reference(*args),
+            pointwise.layer_norm_backward(*args),
+            pointwise.layer_norm_backward_reference(*args),
         )
         pre, d_act = draw(P, H), draw(P, H)
         wanted_act, wanted_d = pre.clone().float(), d_act.clone().float()
-        wanted = vision_pointwise.gelu_backward_reference_(wanted_act, wanted_d)
-        total = vision_pointwise.gelu_backward_(pre, d_act)
+        wanted = pointwise.gelu_backward_reference_(wanted_act, wanted_d)
+        total = pointwise.gelu_backward_(pre, d_act)
         close((total, pre, d_act), (wanted, wanted_act, wanted_d))
         pre, d_out, weight = draw(P, 2 * H), draw(P, H), draw(H, 2 * H)
         exact = pre.clone().float()
         d_pre = d_out.float() @ weight.float()
-        wanted = vision_pointwise.gelu_backward_reference_(exact, d_pre)
-        close((*vision_pointwise.gelu_product_backward_(d_out, weight, pre), pre), (d_pre, wanted, exact))
+        wanted = pointwise.gelu_backward_reference_(exact, d_pre)
+        close((*pointwise.gelu_product_backward_(d_out, weight, pre), pre), (d_pre, wanted, exact))
     for P, N, D in ((5, 3, 8), (130, 2, 72), (70, 16, 72)):
         angles = torch.rand(P, D // 2, generator=generator).mul(6).repeat(1, 2).to(device)
         tables = (angles.cos(), angles.sin())
         joint = draw(P, 3, N, D)
-        wanted = vision_pointwise.rotate_joint_reference_(joint.clone().float(), *tables)
-        close((vision_pointwise.rotate_joint_(joint.clone(), *tables),), (wanted,))
+        wanted = pointwise.rotate_joint_reference_(joint.clone().float(), *tables)
+        close((pointwise.rotate_joint_(joint.clone(), *tables),), (wanted,))
         exact, given = joint.clone().float(), joint.clone()
-        wanted = vision_pointwise.rotate_joint_backward_reference_(exact, *tables)
-        close((vision_pointwise.rotate_joint_backward_(given, *tables), given), (wanted, exact))
+        wanted = pointwise.rotate_joint_backward_reference_(exact, *tables)
+        close((pointwise.rotate_joint_backward_(given, *tables), given), (wanted, exact))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the kernels run on the GPU itself")
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     code = (
-        "import torch; from modeling.ops import vision_pointwise; from tests.unit import test_vision_block as tests; "
-        "vision_pointwise.use_triton = lambda x: True; tests.check_kernels('cpu', torch.float32, 2e-6)"
+        "import torch; from modeling.ops.vision_block import pointwise; "
+        "from tests.unit import test_vision_block as tests; "
+        "pointwise.use_triton = lambda x: True; tests.check_kernels('cpu', torch.float32, 2e-6)"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
